@@ -1,0 +1,671 @@
+package ledger
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+	"holdfast/schedule"
+)
+
+func validName(s string) error {
+	if len(s) == 0 || len(s) > identity.MaxName {
+		return fmt.Errorf("name of %d bytes, 1 to %d are allowed", len(s), identity.MaxName)
+	}
+	for i, c := range []byte(s) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && (c != '-' || i == 0 || i == len(s)-1) {
+			return fmt.Errorf("name %q: only a-z, 0-9 and inner hyphens are allowed", s)
+		}
+	}
+	return nil
+}
+
+// signers are the keys that really signed, after every one of them was verified.
+type signers struct {
+	devices []identity.DeviceID
+	account *identity.Account // nil for a node and for account.create
+	node    *Node
+}
+
+// authenticate checks grid and signatures. It reads keys from the state, so that a transaction of an unknown actor fails.
+func (s *State) authenticate(raw []byte, tx *Tx) (*signers, error) {
+	grid, err := get[Grid](s, GridKey)
+	if err != nil {
+		return nil, fmt.Errorf("grid record: %w", err)
+	}
+	if tx.Grid != grid.ID {
+		return nil, fmt.Errorf("transaction is for %v, this is %v", tx.Grid, grid.ID)
+	}
+	out := &signers{}
+	var keys []identity.PublicKey
+	switch {
+	case tx.Kind == KindAccountCreate:
+		p, err := payload[AccountCreate](tx)
+		if err != nil {
+			return nil, err
+		}
+		if len(p.Devices) > identity.MaxDevices {
+			return nil, fmt.Errorf("account has %d devices, at most %d are allowed", len(p.Devices), identity.MaxDevices)
+		}
+		for _, d := range p.Devices {
+			keys = append(keys, d.Key)
+		}
+		if len(tx.Signatures) != len(keys) {
+			return nil, fmt.Errorf("account with %d devices has %d signatures: each device signs", len(keys), len(tx.Signatures))
+		}
+	case tx.Actor.Node:
+		if out.node, err = get[Node](s, NodeKey(identity.NodeID(tx.Actor.ID))); err != nil {
+			return nil, fmt.Errorf("%v: %w", identity.NodeID(tx.Actor.ID), err)
+		}
+		keys = []identity.PublicKey{out.node.Key}
+	default:
+		if out.account, err = get[identity.Account](s, AccountKey(identity.AccountID(tx.Actor.ID))); err != nil {
+			return nil, fmt.Errorf("%v: %w", identity.AccountID(tx.Actor.ID), err)
+		}
+		for _, d := range out.account.Devices {
+			keys = append(keys, d.Key)
+		}
+	}
+	msg := tx.signBytes()
+	for i := range tx.Signatures {
+		sig := &tx.Signatures[i]
+		j := slices.IndexFunc(keys, func(k identity.PublicKey) bool { return k.Digest() == sig.Key })
+		if j < 0 {
+			return nil, fmt.Errorf("signed by %v, which is not a key of the actor", identity.DeviceID(sig.Key))
+		}
+		if err := s.sigs.verify(&keys[j], txPurpose, msg, &sig.Signature); err != nil {
+			return nil, fmt.Errorf("signature of %v: %w", identity.DeviceID(sig.Key), err)
+		}
+		out.devices = append(out.devices, identity.DeviceID(sig.Key))
+	}
+	return out, nil
+}
+
+func payload[T any](tx *Tx) (*T, error) {
+	p := new(T)
+	if err := canonical.Decode(tx.Payload, MaxTx, p); err != nil {
+		return nil, fmt.Errorf("%s payload: %w", tx.Kind, err)
+	}
+	return p, nil
+}
+
+// apply executes one transaction on b. After an error b is in an undefined state and must be dropped.
+func (b *batch) apply(raw []byte) (code uint32, err error) {
+	tx, err := DecodeTx(raw)
+	if err != nil {
+		return CodeInvalid, err
+	}
+	who, err := b.authenticate(raw, tx)
+	if err != nil {
+		return CodeInvalid, err
+	}
+	if tx.Kind != KindAccountCreate {
+		last := uint64(0)
+		if n, err := get[uint64](&b.State, NonceKey(tx.Actor)); err == nil {
+			last = *n
+		}
+		if tx.Nonce != last+1 {
+			return CodeNonce, fmt.Errorf("nonce %d, the next one is %d: it was executed before, or another transaction comes first", tx.Nonce, last+1)
+		}
+		set(b, NonceKey(tx.Actor), &tx.Nonce)
+	} else if tx.Nonce != 0 || tx.Actor != (Actor{}) {
+		return CodeInvalid, errors.New("an account's creation has no actor and no nonce")
+	}
+	if err := b.execute(tx, who); err != nil {
+		return CodeRefused, fmt.Errorf("%s: %w", tx.Kind, err)
+	}
+	return CodeOK, nil
+}
+
+func (b *batch) execute(tx *Tx, who *signers) error {
+	switch tx.Kind {
+	case KindAccountCreate:
+		return with(tx, func(p *AccountCreate) error { return b.accountCreate(tx, p) })
+	case KindFarmAdmit:
+		return with(tx, func(p *FarmAdmit) error { return b.farmAdmit(tx, who, p) })
+	case KindNodeAdmit:
+		return with(tx, func(p *NodeAdmit) error { return b.nodeAdmit(who, p) })
+	case KindNodeUpdate:
+		return with(tx, func(p *NodeUpdate) error { return b.nodeUpdate(who, p) })
+	case KindGatewayAdmit:
+		return with(tx, func(p *GatewayAdmit) error { return b.gatewayAdmit(who, p) })
+	case KindContractSubmit:
+		return with(tx, func(p *ContractSubmit) error { return b.contractSubmit(tx, who, p) })
+	case KindContractCancel:
+		return with(tx, func(p *ContractCancel) error { return b.contractCancel(who, p) })
+	case KindEnvelopePut:
+		return with(tx, func(p *EnvelopePut) error { return b.envelopePut(who, p) })
+	case KindVolumeCreated:
+		return with(tx, func(p *VolumeCreated) error { return b.volumeCreated(who, p) })
+	}
+	return errors.New("this kind of transaction is not known")
+}
+
+func with[T any](tx *Tx, f func(*T) error) error {
+	p, err := payload[T](tx)
+	if err != nil {
+		return err
+	}
+	return f(p)
+}
+
+// allowed checks that the account that acts is owner and that its policy is satisfied.
+func (w *signers) allowed(owner identity.AccountID, act identity.Act) error {
+	if w.account == nil {
+		return errors.New("only an account can do this")
+	}
+	if w.account.ID != owner {
+		return fmt.Errorf("only %v can do this, %v signed", owner, w.account.ID)
+	}
+	return w.account.Allows(act, w.devices)
+}
+
+func (b *batch) grid() *Grid {
+	g, err := get[Grid](&b.State, GridKey)
+	if err != nil {
+		panic("ledger without grid record") // New wrote it and nothing deletes it
+	}
+	return g
+}
+
+func (b *batch) accountCreate(tx *Tx, p *AccountCreate) error {
+	a := identity.Account{ID: identity.AccountID(tx.ID()), Devices: p.Devices, Policy: p.Policy, Sealing: p.Sealing}
+	if _, err := get[identity.Account](&b.State, AccountKey(a.ID)); err == nil {
+		return fmt.Errorf("%v exists", a.ID)
+	}
+	if err := a.Validate(); err != nil {
+		return err
+	}
+	set(b, AccountKey(a.ID), &a)
+	return nil
+}
+
+func (b *batch) farmAdmit(tx *Tx, who *signers, p *FarmAdmit) error {
+	if err := who.allowed(b.grid().Account, identity.ActAdmitFarm); err != nil {
+		return err
+	}
+	if err := validName(p.Name); err != nil {
+		return err
+	}
+	if _, taken := b.tree.get(farmNameKey(p.Name)); taken {
+		return fmt.Errorf("a farm %q exists", p.Name)
+	}
+	if _, ok := b.tree.get(AccountKey(p.Owner)); !ok {
+		return fmt.Errorf("owner %v: %w", p.Owner, ErrAbsent)
+	}
+	f := &Farm{ID: identity.FarmID(tx.ID()), Name: p.Name, Owner: p.Owner}
+	set(b, FarmKey(f.ID), f)
+	set(b, farmNameKey(p.Name), &f.ID)
+	push(b, FarmsKey, f.ID)
+	return nil
+}
+
+func validEndpoints(eps []string) error {
+	if len(eps) > 8 {
+		return fmt.Errorf("%d endpoints, at most 8 are allowed", len(eps))
+	}
+	for _, e := range eps {
+		if len(e) > 64 {
+			return errors.New("endpoint is too long")
+		}
+		if _, err := netip.ParseAddr(e); err != nil {
+			return fmt.Errorf("endpoint %q is not an address", e)
+		}
+	}
+	return nil
+}
+
+func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
+	f, err := get[Farm](&b.State, FarmKey(p.Farm))
+	if err != nil {
+		return fmt.Errorf("%v: %w", p.Farm, err)
+	}
+	if err := who.allowed(f.Owner, identity.ActAdmitNode); err != nil {
+		return err
+	}
+	if err := validName(p.Name); err != nil {
+		return err
+	}
+	if err := validEndpoints(p.Endpoints); err != nil {
+		return err
+	}
+	id := p.Key.Node()
+	if _, taken := b.tree.get(NodeKey(id)); taken {
+		return fmt.Errorf("%v exists", id)
+	}
+	if _, taken := b.tree.get(nodeNameKey(p.Name)); taken {
+		return fmt.Errorf("a node %q exists", p.Name)
+	}
+	if err := b.sigs.verify(&p.Key, NodeAdmitPurpose, p.ProofBytes(b.grid().ID), &p.Proof); err != nil {
+		return fmt.Errorf("proof of %v: %w", id, err)
+	}
+	all := list[identity.NodeID](&b.State, NodesKey)
+	if len(all) >= MaxNodes {
+		return fmt.Errorf("the grid has %d nodes, more are not allowed", len(all))
+	}
+	n := &Node{
+		ID: id, Name: p.Name, Farm: f.ID, FarmName: f.Name, Key: p.Key, Sealing: p.Sealing, WireGuard: p.WireGuard, TLS: p.TLS,
+		Session: p.Session, Endpoints: p.Endpoints, CPUMilli: p.CPUMilli, Memory: p.Memory, Index: uint32(len(all)), Since: b.clock.Time,
+	}
+	set(b, NodeKey(id), n)
+	set(b, nodeNameKey(p.Name), &id)
+	push(b, NodesKey, id)
+	return nil
+}
+
+func (b *batch) nodeUpdate(who *signers, p *NodeUpdate) error {
+	if who.node == nil {
+		return errors.New("only a node can do this")
+	}
+	if err := validEndpoints(p.Endpoints); err != nil {
+		return err
+	}
+	who.node.Session, who.node.Endpoints = p.Session, p.Endpoints
+	set(b, NodeKey(who.node.ID), who.node)
+	return nil
+}
+
+func (b *batch) gatewayAdmit(who *signers, p *GatewayAdmit) error {
+	if err := who.allowed(b.grid().Account, identity.ActAdmitGateway); err != nil {
+		return err
+	}
+	if err := validName(p.Name); err != nil {
+		return err
+	}
+	if host, port, err := net.SplitHostPort(p.Address); err != nil || host == "" || port == "" || len(p.Address) > 256 {
+		return fmt.Errorf("address %q is not host:port", p.Address)
+	}
+	g := &Gateway{ID: identity.GatewayID(p.TLS), Name: p.Name, Address: p.Address}
+	if _, taken := b.tree.get(GatewayKey(g.ID)); taken {
+		return fmt.Errorf("%v exists", g.ID)
+	}
+	set(b, GatewayKey(g.ID), g)
+	push(b, GatewaysKey, g.ID)
+	return nil
+}
+
+func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
+	h, err := contract.DecodeHeader(p.Header)
+	if err != nil {
+		return err
+	}
+	if h.Grid != tx.Grid {
+		return fmt.Errorf("header is for %v", h.Grid)
+	}
+	id, rev := h.ContractID(), h.RevisionID()
+	act := identity.ActRevise
+	if h.Revision == 1 {
+		act = identity.ActCreate
+	}
+	if err := who.allowed(h.Account, act); err != nil {
+		return err
+	}
+	var c *Contract
+	if h.Revision == 1 {
+		if _, taken := b.tree.get(ContractKey(id)); taken {
+			return fmt.Errorf("%v exists", id)
+		}
+		if old, err := get[contract.ID](&b.State, contractNameKey(h.Account, h.Name)); err == nil {
+			return fmt.Errorf("the account has a contract %q already: %v", h.Name, *old)
+		}
+		c = &Contract{ID: id, Account: h.Account, Name: h.Name, State: Active}
+		set(b, contractNameKey(h.Account, h.Name), &id)
+		push(b, ContractsKey, id)
+		push(b, AccountWorkKey(h.Account), id)
+	} else {
+		if c, err = get[Contract](&b.State, ContractKey(id)); err != nil {
+			return fmt.Errorf("%v: %w", id, err)
+		}
+		switch {
+		case c.Account != h.Account:
+			return fmt.Errorf("%v belongs to %v", id, c.Account)
+		case c.State != Active:
+			return fmt.Errorf("%v is %s", id, c.State)
+		case c.Name != h.Name:
+			return fmt.Errorf("%v is named %q, a revision cannot rename it to %q", id, c.Name, h.Name)
+		case c.Current != h.Previous || int(h.Revision) != len(c.Revisions)+1:
+			return fmt.Errorf("revision %d on %v: the current revision is %d, %v; plan again", h.Revision, h.Previous, len(c.Revisions), c.Current)
+		}
+	}
+	if err := b.putEnvelopes(p.Envelopes, rev, c.Account); err != nil {
+		return err
+	}
+	c.Current, c.Revisions, c.Times = rev, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
+	set(b, ContractKey(id), c)
+	b.tree = b.tree.put(RevisionKey(rev), p.Header)
+	if err := b.networks(id, h); err != nil {
+		return err
+	}
+	if err := b.volumes(id, h); err != nil {
+		return err
+	}
+	if err := b.routes(id, h.Routes); err != nil {
+		return err
+	}
+	b.assign(id)
+	return nil
+}
+
+// networks gives each network of the contract its index. An overlay prefix that another network already has is refused:
+// addresses are 40 bits of a hash.
+func (b *batch) networks(id contract.ID, h *contract.Header) error {
+	for _, name := range h.Networks {
+		nid := contract.NetworkOf(id, name)
+		if _, have := b.tree.get(NetworkKey(nid)); have {
+			continue
+		}
+		g := b.grid()
+		if g.NextNetwork >= 30000 {
+			return errors.New("the grid has no room for another network")
+		}
+		prefix := canonical.Digest("holdfast/network-prefix/v1", nid[:])
+		if _, taken := b.tree.get(addressKey(prefix[:5])); taken {
+			return fmt.Errorf("network %q would share its addresses with another: change the contract's name", name)
+		}
+		set(b, addressKey(prefix[:5]), &nid)
+		set(b, NetworkKey(nid), &Network{ID: nid, Contract: id, Name: name, Index: g.NextNetwork})
+		g.NextNetwork++
+		set(b, GridKey, g)
+	}
+	return nil
+}
+
+func (b *batch) volumes(id contract.ID, h *contract.Header) error {
+	for _, v := range h.Volumes {
+		vid := contract.VolumeOf(id, v.Name)
+		if old, err := get[Volume](&b.State, VolumeKey(vid)); err == nil {
+			if old.Size != v.Size {
+				return fmt.Errorf("volume %q has %d bytes; a volume's size cannot change", v.Name, old.Size)
+			}
+			continue
+		}
+		set(b, VolumeKey(vid), &Volume{ID: vid, Contract: id, Name: v.Name, Size: v.Size})
+	}
+	return nil
+}
+
+// routes makes the contract's routes exactly these. A host of another contract is refused.
+func (b *batch) routes(id contract.ID, want []contract.Route) error {
+	for _, host := range list[string](&b.State, RoutesKey) {
+		r, err := get[Route](&b.State, RouteKey(host))
+		if err != nil || r.Contract != id {
+			continue
+		}
+		if !slices.ContainsFunc(want, func(w contract.Route) bool { return w.Host == host }) {
+			b.del(RouteKey(host))
+			drop(b, RoutesKey, host)
+		}
+	}
+	for _, w := range want {
+		old, err := get[Route](&b.State, RouteKey(w.Host))
+		if err == nil && old.Contract != id {
+			return fmt.Errorf("host %q belongs to another contract", w.Host)
+		}
+		if err != nil {
+			push(b, RoutesKey, w.Host)
+		}
+		set(b, RouteKey(w.Host), &Route{Host: w.Host, Contract: id, Service: w.Service, Port: w.Port})
+	}
+	return nil
+}
+
+func (b *batch) contractCancel(who *signers, p *ContractCancel) error {
+	c, err := get[Contract](&b.State, ContractKey(p.Contract))
+	if err != nil {
+		return fmt.Errorf("%v: %w", p.Contract, err)
+	}
+	if err := who.allowed(c.Account, identity.ActCancel); err != nil {
+		return err
+	}
+	if c.State != Active {
+		return fmt.Errorf("%v is %s", p.Contract, c.State)
+	}
+	c.State = Cancelled
+	set(b, ContractKey(c.ID), c)
+	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
+	if err := b.routes(c.ID, nil); err != nil {
+		return err
+	}
+	b.assign(c.ID)
+	return nil
+}
+
+func (b *batch) envelopePut(who *signers, p *EnvelopePut) error {
+	if len(p.Envelopes) == 0 {
+		return errors.New("no envelopes")
+	}
+	rev := p.Envelopes[0].Revision
+	raw, ok := b.tree.get(RevisionKey(rev))
+	if !ok {
+		return fmt.Errorf("%v: %w", rev, ErrAbsent)
+	}
+	h, err := contract.DecodeHeader(raw)
+	if err != nil {
+		return err
+	}
+	if who.node != nil {
+		// A node hands on only what it was given itself, and never replaces the owner's envelope.
+		if _, holds := b.tree.get(EnvelopeKey(rev, contract.RecipientNode, who.node.ID)); !holds {
+			return fmt.Errorf("%v holds no envelope of %v", who.node.ID, rev)
+		}
+		for _, e := range p.Envelopes {
+			if _, have := b.tree.get(EnvelopeKey(rev, e.Kind, e.Recipient)); have || e.Kind != contract.RecipientNode {
+				return errors.New("a node can add envelopes for nodes that have none, nothing else")
+			}
+		}
+	} else if err := who.allowed(h.Account, identity.ActRevise); err != nil {
+		return err
+	}
+	return b.putEnvelopes(p.Envelopes, rev, h.Account)
+}
+
+func (b *batch) putEnvelopes(es []contract.Envelope, rev contract.RevisionID, owner identity.AccountID) error {
+	for i := range es {
+		e := &es[i]
+		if e.Revision != rev {
+			return fmt.Errorf("envelope of another revision, %v", e.Revision)
+		}
+		if len(e.Sealed) > contract.MaxEnvelope {
+			return fmt.Errorf("envelope of %d bytes, at most %d are allowed", len(e.Sealed), contract.MaxEnvelope)
+		}
+		switch e.Kind {
+		case contract.RecipientAccount:
+			if identity.AccountID(e.Recipient) != owner {
+				return errors.New("envelope for another account")
+			}
+		case contract.RecipientNode:
+			n, err := get[Node](&b.State, NodeKey(identity.NodeID(e.Recipient)))
+			if err != nil {
+				return fmt.Errorf("envelope for %v: %w", identity.NodeID(e.Recipient), err)
+			}
+			if !b.eligible(rev, n) {
+				return fmt.Errorf("envelope for %s, which the contract's placement does not allow", n.Name)
+			}
+		default:
+			return fmt.Errorf("envelope for a %q", e.Kind)
+		}
+		set(b, EnvelopeKey(rev, e.Kind, e.Recipient), e)
+	}
+	return nil
+}
+
+// eligible reports whether some service of the revision may run on n. A revision not yet written allows all: its own
+// submission checks the header's placement through the envelopes that the signer chose.
+func (b *batch) eligible(rev contract.RevisionID, n *Node) bool {
+	raw, ok := b.tree.get(RevisionKey(rev))
+	if !ok {
+		return true
+	}
+	h, err := contract.DecodeHeader(raw)
+	return err == nil && Eligible(h, n)
+}
+
+// Eligible reports whether the placement of some service of h allows node n.
+func Eligible(h *contract.Header, n *Node) bool {
+	return slices.ContainsFunc(h.Services, func(s contract.Service) bool {
+		return (len(s.Placement.Farms) == 0 || slices.Contains(s.Placement.Farms, n.FarmName)) &&
+			(len(s.Placement.Nodes) == 0 || slices.Contains(s.Placement.Nodes, n.Name))
+	})
+}
+
+func (b *batch) volumeCreated(who *signers, p *VolumeCreated) error {
+	v, err := get[Volume](&b.State, VolumeKey(p.Volume))
+	if err != nil {
+		return fmt.Errorf("%v: %w", p.Volume, err)
+	}
+	if who.node == nil || v.Node != who.node.ID {
+		return fmt.Errorf("%v is on another node", p.Volume)
+	}
+	v.Created = true
+	set(b, VolumeKey(v.ID), v)
+	return nil
+}
+
+// assign recomputes the assignments of one contract from committed state.
+func (b *batch) assign(id contract.ID) {
+	c, err := get[Contract](&b.State, ContractKey(id))
+	if err != nil {
+		return
+	}
+	old, err := get[Assignments](&b.State, AssignmentsKey(id))
+	if err != nil {
+		old = &Assignments{}
+	}
+	if c.State != Active && len(old.Current) == 0 {
+		return
+	}
+	next := &Assignments{Revision: c.Current, Past: old.Past}
+	if c.State == Active {
+		raw, _ := b.tree.get(RevisionKey(c.Current))
+		h, err := contract.DecodeHeader(raw)
+		if err != nil {
+			return // a header was validated before it was written
+		}
+		next.Current = b.place(id, h, old)
+	}
+	for _, a := range old.Current {
+		if !slices.ContainsFunc(next.Current, func(n Assignment) bool { return n.Workload == a.Workload }) {
+			if next.Past == nil {
+				next.Past = map[string]uint64{}
+			}
+			next.Past[string(a.Workload[:])] = a.Epoch
+		}
+	}
+	b.index(id, old, next)
+	if !bytes.Equal(canonical.Encode(old), canonical.Encode(next)) {
+		set(b, AssignmentsKey(id), next)
+	}
+}
+
+func (b *batch) place(id contract.ID, h *contract.Header, old *Assignments) []Assignment {
+	nodes := b.nodes(id)
+	var work []schedule.Workload
+	var out []Assignment
+	for i := range h.Services {
+		s := &h.Services[i]
+		for r := range int(s.Replicas) {
+			a := Assignment{Workload: contract.WorkloadOf(id, s.Name, r), Service: s.Name, Replica: uint16(r), Fenced: len(s.Volumes) > 0}
+			w := schedule.Workload{
+				ID: a.Workload, Service: s.Name, CPUMilli: int64(s.CPUMilli), Memory: int64(s.Memory),
+				Spread: s.Placement.Spread, Farms: s.Placement.Farms, Nodes: s.Placement.Nodes,
+			}
+			if j := slices.IndexFunc(old.Current, func(o Assignment) bool { return o.Workload == a.Workload }); j >= 0 {
+				a.Epoch, a.Node, a.Height, a.Reason = old.Current[j].Epoch, old.Current[j].Node, old.Current[j].Height, old.Current[j].Reason
+				w.Current = a.Node
+			} else {
+				a.Epoch = old.Past[string(a.Workload[:])]
+			}
+			for _, name := range s.Volumes {
+				if v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name))); err == nil && !v.Node.IsZero() {
+					w.Pinned, w.Volume = v.Node, name
+				}
+			}
+			work, out = append(work, w), append(out, a)
+		}
+	}
+	for i, d := range schedule.Place(nodes, work) {
+		a := &out[i]
+		if node := identity.NodeID(d.Node); node != a.Node || d.Reason != a.Reason {
+			if node != a.Node && !node.IsZero() {
+				a.Epoch++
+			}
+			a.Node, a.Reason, a.Height = node, d.Reason, b.height
+		}
+		if a.Node.IsZero() {
+			continue
+		}
+		s, _ := h.Service(a.Service)
+		for _, name := range s.Volumes { // a volume is where its workload first was
+			if v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name))); err == nil && v.Node.IsZero() {
+				v.Node = a.Node
+				set(b, VolumeKey(v.ID), v)
+			}
+		}
+	}
+	return out
+}
+
+// nodes lists the grid's nodes with the room that other contracts leave.
+func (b *batch) nodes(except contract.ID) []schedule.Node {
+	var out []schedule.Node
+	at := map[identity.NodeID]int{}
+	for _, id := range list[identity.NodeID](&b.State, NodesKey) {
+		n, err := get[Node](&b.State, NodeKey(id))
+		if err != nil {
+			continue
+		}
+		at[id] = len(out)
+		out = append(out, schedule.Node{ID: id, Name: n.Name, Farm: n.FarmName, Up: n.Up, CPUMilli: int64(n.CPUMilli), Memory: int64(n.Memory)})
+	}
+	for _, id := range list[contract.ID](&b.State, ContractsKey) {
+		if id == except {
+			continue
+		}
+		as, err := get[Assignments](&b.State, AssignmentsKey(id))
+		if err != nil || len(as.Current) == 0 {
+			continue
+		}
+		raw, _ := b.tree.get(RevisionKey(as.Revision))
+		h, err := contract.DecodeHeader(raw)
+		if err != nil {
+			continue
+		}
+		for _, a := range as.Current {
+			i, ok := at[a.Node]
+			s, have := h.Service(a.Service)
+			if ok && have {
+				out[i].CPUMilli -= int64(s.CPUMilli)
+				out[i].Memory -= int64(s.Memory)
+			}
+		}
+	}
+	return out
+}
+
+// index keeps, for each node, the list of the contracts that have a workload on it: with it a node's view is complete.
+func (b *batch) index(id contract.ID, old, next *Assignments) {
+	on := func(as *Assignments) map[identity.NodeID]bool {
+		m := map[identity.NodeID]bool{}
+		for _, a := range as.Current {
+			if !a.Node.IsZero() {
+				m[a.Node] = true
+			}
+		}
+		return m
+	}
+	was, is := on(old), on(next)
+	for _, n := range list[identity.NodeID](&b.State, NodesKey) { // in a fixed order, unlike the maps
+		switch {
+		case is[n] && !was[n]:
+			push(b, NodeWorkKey(n), id)
+		case was[n] && !is[n]:
+			drop(b, NodeWorkKey(n), id)
+		}
+	}
+}

@@ -1,0 +1,219 @@
+package ledger
+
+import (
+	"fmt"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+)
+
+// Genesis is the document that a grid begins with; its digest is the GridID and it is every client's root of trust.
+type Genesis struct {
+	Version    uint8               `cbor:"1,keyasint" json:"version"`
+	Name       string              `cbor:"2,keyasint" json:"name"`
+	Time       int64               `cbor:"3,keyasint" json:"time"` // Unix seconds
+	Devices    []identity.Device   `cbor:"4,keyasint" json:"-"`    // of the grid's account
+	Policy     identity.Policy     `cbor:"5,keyasint" json:"policy"`
+	Sealing    identity.SealingKey `cbor:"6,keyasint" json:"-"`
+	Validators []Validator         `cbor:"7,keyasint" json:"validators"`
+	Lease      time.Duration       `cbor:"8,keyasint" json:"lease"`  // how long a node counts as alive after its last heartbeat
+	Margin     time.Duration       `cbor:"9,keyasint" json:"margin"` // a node stops its volumes' workloads this much before, the ledger moves on this much after
+}
+
+// Validator takes part in consensus.
+type Validator struct {
+	Name    string   `cbor:"1,keyasint" json:"name"`
+	Key     []byte   `cbor:"2,keyasint" json:"-"` // ML-DSA-65 public key
+	Power   int64    `cbor:"3,keyasint" json:"power"`
+	TLS     [32]byte `cbor:"4,keyasint" json:"-"` // SHA-256 of the SubjectPublicKeyInfo of its ledger API
+	Address string   `cbor:"5,keyasint" json:"address"`
+}
+
+// MaxGenesis bounds an encoded genesis: 150 validators and their keys.
+const MaxGenesis = 1 << 20
+
+// Encode is the form whose digest is the GridID.
+func (g *Genesis) Encode() []byte { return canonical.Encode(g) }
+
+// GridID identifies the grid.
+func (g *Genesis) GridID() identity.GridID {
+	return identity.GridID(canonical.Digest("holdfast/genesis/v1", g.Encode()))
+}
+
+// GridAccount is the account that admits farms and gateways.
+func (g *Genesis) GridAccount() identity.AccountID {
+	id := g.GridID()
+	return identity.AccountID(canonical.Digest("holdfast/grid-account/v1", id[:]))
+}
+
+// DecodeGenesis reads and validates a genesis document.
+func DecodeGenesis(b []byte) (*Genesis, error) {
+	var g Genesis
+	if err := canonical.Decode(b, MaxGenesis, &g); err != nil {
+		return nil, fmt.Errorf("genesis: %w", err)
+	}
+	if g.Version != 1 {
+		return nil, fmt.Errorf("genesis: version %d is not known", g.Version)
+	}
+	if err := validName(g.Name); err != nil {
+		return nil, fmt.Errorf("genesis: grid %w", err)
+	}
+	if len(g.Validators) == 0 || len(g.Validators) > 150 {
+		return nil, fmt.Errorf("genesis: %d validators, 1 to 150 are allowed", len(g.Validators))
+	}
+	if g.Lease < time.Second || g.Margin < 0 || 2*g.Margin > g.Lease {
+		return nil, fmt.Errorf("genesis: lease %v with margin %v: the lease is at least 1 s, the margin at most half of it", g.Lease, g.Margin)
+	}
+	a := identity.Account{Devices: g.Devices, Policy: g.Policy}
+	if err := a.Validate(); err != nil {
+		return nil, fmt.Errorf("genesis: grid account: %w", err)
+	}
+	return &g, nil
+}
+
+// Names of records. An identifier in a name is raw bytes: names are only ever built here.
+func AccountKey(id identity.AccountID) string     { return "account/" + string(id[:]) }
+func AccountWorkKey(id identity.AccountID) string { return "account-contracts/" + string(id[:]) } // []contract.ID
+func FarmKey(id identity.FarmID) string           { return "farm/" + string(id[:]) }
+func NodeKey(id identity.NodeID) string           { return "node/" + string(id[:]) }
+func NodeWorkKey(id identity.NodeID) string       { return "node-contracts/" + string(id[:]) } // []contract.ID that have a workload there
+func GatewayKey(id identity.GatewayID) string     { return "gateway/" + string(id[:]) }
+func ContractKey(id contract.ID) string           { return "contract/" + string(id[:]) }
+func AssignmentsKey(id contract.ID) string        { return "assignments/" + string(id[:]) }
+func RevisionKey(id contract.RevisionID) string   { return "revision/" + string(id[:]) } // an encoded header
+func NetworkKey(id contract.NetworkID) string     { return "network/" + string(id[:]) }
+func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id[:]) }
+func RouteKey(host string) string                 { return "route/" + host }
+func contractNameKey(a identity.AccountID, name string) string {
+	return "contract-name/" + string(a[:]) + name
+}
+func farmNameKey(name string) string  { return "farm-name/" + name }
+func nodeNameKey(name string) string  { return "node-name/" + name }
+func addressKey(prefix []byte) string { return "prefix/" + string(prefix) }
+
+// NonceKey names the last nonce of an actor, a uint64.
+func NonceKey(a Actor) string {
+	if a.Node {
+		return "nonce/n" + string(a.ID[:])
+	}
+	return "nonce/a" + string(a.ID[:])
+}
+
+// EnvelopeKey names the envelope of one recipient.
+func EnvelopeKey(rev contract.RevisionID, kind string, recipient [32]byte) string {
+	return "envelope/" + string(rev[:]) + kind + "/" + string(recipient[:])
+}
+
+// Lists of everything of a kind, in the order of creation.
+const (
+	GridKey      = "grid"      // Grid
+	FarmsKey     = "farms"     // []identity.FarmID
+	NodesKey     = "nodes"     // []identity.NodeID
+	GatewaysKey  = "gateways"  // []identity.GatewayID
+	ContractsKey = "contracts" // []contract.ID
+	RoutesKey    = "routes"    // []string, host names
+)
+
+// Grid is the grid's own record.
+type Grid struct {
+	ID          identity.GridID    `cbor:"1,keyasint"`
+	Account     identity.AccountID `cbor:"2,keyasint"`
+	NextNetwork uint16             `cbor:"3,keyasint"` // index of the next network
+}
+
+// Farm is machines of one owner.
+type Farm struct {
+	ID    identity.FarmID    `cbor:"1,keyasint" json:"id"`
+	Name  string             `cbor:"2,keyasint" json:"name"`
+	Owner identity.AccountID `cbor:"3,keyasint" json:"owner"`
+}
+
+// Node is a machine that runs workloads.
+type Node struct {
+	ID        identity.NodeID     `cbor:"1,keyasint" json:"id"`
+	Name      string              `cbor:"2,keyasint" json:"name"`
+	Farm      identity.FarmID     `cbor:"3,keyasint" json:"farm"`
+	FarmName  string              `cbor:"4,keyasint" json:"farmName"`
+	Key       identity.PublicKey  `cbor:"5,keyasint" json:"-"`
+	Sealing   identity.SealingKey `cbor:"6,keyasint" json:"-"`
+	WireGuard [32]byte            `cbor:"7,keyasint" json:"-"`
+	TLS       [32]byte            `cbor:"8,keyasint" json:"-"`
+	Session   [32]byte            `cbor:"9,keyasint" json:"-"`
+	Endpoints []string            `cbor:"10,keyasint,omitempty" json:"endpoints"`
+	CPUMilli  uint32              `cbor:"11,keyasint" json:"cpuMilli"`
+	Memory    uint64              `cbor:"12,keyasint" json:"memory"`
+	Index     uint32              `cbor:"13,keyasint" json:"index"` // order of registration: its bit in vote extensions
+	Up        bool                `cbor:"14,keyasint" json:"up"`
+	Since     int64               `cbor:"15,keyasint" json:"since"` // block time of the last change of Up, Unix milliseconds
+}
+
+// Gateway is a public Edge.
+type Gateway struct {
+	ID      identity.GatewayID `cbor:"1,keyasint" json:"id"`
+	Name    string             `cbor:"2,keyasint" json:"name"`
+	Address string             `cbor:"3,keyasint" json:"address"`
+}
+
+// States of a Contract.
+const (
+	Active    = "active"
+	Cancelled = "cancelled"
+)
+
+// Contract is a contract's head.
+type Contract struct {
+	ID        contract.ID           `cbor:"1,keyasint" json:"id"`
+	Account   identity.AccountID    `cbor:"2,keyasint" json:"account"`
+	Name      string                `cbor:"3,keyasint" json:"name"`
+	Current   contract.RevisionID   `cbor:"4,keyasint" json:"current"`
+	State     string                `cbor:"5,keyasint" json:"state"`
+	Revisions []contract.RevisionID `cbor:"6,keyasint" json:"revisions"` // oldest first
+	Times     []int64               `cbor:"7,keyasint" json:"times"`     // block time of each revision, Unix seconds
+}
+
+// Network is a contract's network.
+type Network struct {
+	ID       contract.NetworkID `cbor:"1,keyasint"`
+	Contract contract.ID        `cbor:"2,keyasint"`
+	Name     string             `cbor:"3,keyasint"`
+	Index    uint16             `cbor:"4,keyasint"` // its UDP port on every node is 30000 + Index
+}
+
+// Volume is where a contract's volume is.
+type Volume struct {
+	ID       contract.VolumeID `cbor:"1,keyasint"`
+	Contract contract.ID       `cbor:"2,keyasint"`
+	Name     string            `cbor:"3,keyasint"`
+	Size     uint64            `cbor:"4,keyasint"`
+	Node     identity.NodeID   `cbor:"5,keyasint"`
+	Created  bool              `cbor:"6,keyasint,omitempty"` // its disk exists: absent is lost, not new
+}
+
+// Assignment is the ledger's word that a node runs a workload. Epoch grows with every move and never shrinks.
+type Assignment struct {
+	Workload contract.WorkloadID `cbor:"1,keyasint" json:"workload"`
+	Service  string              `cbor:"2,keyasint" json:"service"`
+	Replica  uint16              `cbor:"3,keyasint" json:"replica"`
+	Node     identity.NodeID     `cbor:"4,keyasint" json:"node"` // zero: on none
+	Epoch    uint64              `cbor:"5,keyasint" json:"epoch"`
+	Reason   string              `cbor:"6,keyasint,omitempty" json:"reason,omitempty"` // why it does not run
+	Height   int64               `cbor:"7,keyasint" json:"height"`                     // of the last change
+	Fenced   bool                `cbor:"8,keyasint,omitempty" json:"fenced,omitempty"` // has a volume: stops when its node's lease ends
+}
+
+// Assignments of one contract. Past keeps the epochs of workloads that a revision dropped, so that they never shrink.
+type Assignments struct {
+	Revision contract.RevisionID `cbor:"1,keyasint"`
+	Current  []Assignment        `cbor:"2,keyasint,omitempty"`
+	Past     map[string]uint64   `cbor:"3,keyasint,omitempty"` // raw WorkloadID → highest epoch
+}
+
+// Route leads a host name to a service of a contract.
+type Route struct {
+	Host     string      `cbor:"1,keyasint" json:"host"`
+	Contract contract.ID `cbor:"2,keyasint" json:"contract"`
+	Service  string      `cbor:"3,keyasint" json:"service"`
+	Port     uint16      `cbor:"4,keyasint" json:"port"`
+}

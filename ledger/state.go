@@ -1,0 +1,315 @@
+// Package ledger is the grid's memory: a deterministic state machine from (State, Block) to State. It holds accounts,
+// farms, nodes, gateways, contracts with all their revisions, and the assignments that it computes itself (package
+// schedule) from committed state only. It has no clock and no I/O: time comes from the block. States are immutable
+// values; a State can be read while its successor is computed. Records are deterministic CBOR under the names of
+// records.go, in a Merkle tree (trie.go) whose root every block carries, so that each answer can be proved.
+package ledger
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+)
+
+// maxRecord bounds a record that is read back; what is written is bounded by transactions.
+const maxRecord = 4 << 20
+
+// State is one version of the ledger.
+type State struct {
+	tree  *trieNode
+	clock clock
+	sigs  *signatures
+}
+
+// clock is what the machine remembers of time. It is the same on every validator, but outside the Merkle tree: it
+// changes with every block, and a root that changes makes CometBFT start the next block at once.
+type clock struct {
+	Time  int64 `cbor:"1,keyasint"` // Unix milliseconds of the last block
+	Grace int64 `cbor:"2,keyasint"` // until then no node is taken for down
+}
+
+// clockKey is the name under which the clock is persisted beside the records.
+const clockKey = "\x00clock"
+
+// Block is what a height brings.
+type Block struct {
+	Height int64
+	Time   time.Time
+	Txs    [][]byte
+	Heard  []Heard
+}
+
+// Heard is one validator's word of which nodes it has heard within lease and margin.
+type Heard struct {
+	Power int64
+	Nodes Bitmap // by Node.Index; nil: the validator said nothing
+}
+
+// Result of a transaction. Code 0 is accepted.
+type Result struct {
+	Code uint32
+	Log  string
+}
+
+// Codes of a Result.
+const (
+	CodeOK      = 0
+	CodeInvalid = 1 // malformed, wrong signature, wrong grid
+	CodeNonce   = 2 // replayed or out of order
+	CodeRefused = 3 // against a rule
+)
+
+// New is the state that a genesis begins with.
+func New(g *Genesis) (*State, error) {
+	s := &State{sigs: newSignatures()}
+	b := &batch{State: *s}
+	acct := identity.Account{ID: g.GridAccount(), Devices: g.Devices, Policy: g.Policy, Sealing: g.Sealing}
+	if err := acct.Validate(); err != nil {
+		return nil, fmt.Errorf("genesis: grid account: %w", err)
+	}
+	set(b, AccountKey(acct.ID), &acct)
+	set(b, GridKey, &Grid{ID: g.GridID(), Account: acct.ID, NextNetwork: 1})
+	set(b, genesisKey, g)
+	return &b.State, nil
+}
+
+const genesisKey = "genesis"
+
+// Load rebuilds a state from what Changes gave over time.
+func Load(all iter.Seq2[string, []byte]) (*State, error) {
+	s := &State{sigs: newSignatures()}
+	for k, v := range all {
+		if k == clockKey {
+			if err := canonical.Decode(v, 64, &s.clock); err != nil {
+				return nil, fmt.Errorf("load clock: %w", err)
+			}
+			continue
+		}
+		s.tree = s.tree.put(k, v)
+	}
+	return s, nil
+}
+
+// Root is the Merkle root of all records.
+func (s *State) Root() [32]byte { return s.tree.root() }
+
+// Get returns a record, nil if absent, and the proof of either.
+func (s *State) Get(key string) (value, proof []byte) {
+	v, p := s.tree.prove(key)
+	return v, canonical.Encode(p)
+}
+
+// Changes yields what to persist to turn since (nil: nothing) into s; a nil value deletes.
+func (s *State) Changes(since *State) iter.Seq2[string, []byte] {
+	return func(yield func(string, []byte) bool) {
+		var old *trieNode
+		if since != nil {
+			old = since.tree
+		}
+		if s.tree.changes(old, yield) {
+			yield(clockKey, canonical.Encode(&s.clock))
+		}
+	}
+}
+
+// Genesis is the document that the grid began with.
+func (s *State) Genesis() (*Genesis, error) { return get[Genesis](s, genesisKey) }
+
+// ErrAbsent is returned for a record that is not there.
+var ErrAbsent = errors.New("not on the ledger")
+
+// get reads a record.
+func get[T any](s *State, key string) (*T, error) {
+	b, ok := s.tree.get(key)
+	if !ok {
+		return nil, ErrAbsent
+	}
+	return Decode[T](b)
+}
+
+// Decode reads a record's bytes, as a View returns them.
+func Decode[T any](b []byte) (*T, error) {
+	v := new(T)
+	if err := canonical.Decode(b, maxRecord, v); err != nil {
+		return nil, fmt.Errorf("record: %w", err)
+	}
+	return v, nil
+}
+
+// list reads a list, empty when absent.
+func list[T any](s *State, key string) []T {
+	v, err := get[[]T](s, key)
+	if err != nil {
+		return nil
+	}
+	return *v
+}
+
+// batch is a State under change. It is a copy: what a failed transaction wrote is dropped with it.
+type batch struct {
+	State
+	height int64
+}
+
+func set[T any](b *batch, key string, v *T) { b.tree = b.tree.put(key, canonical.Encode(v)) }
+
+func (b *batch) del(key string) { b.tree = b.tree.del(key) }
+
+func push[T any](b *batch, key string, v T) {
+	l := append(list[T](&b.State, key), v)
+	set(b, key, &l)
+}
+
+func drop[T comparable](b *batch, key string, v T) {
+	var l []T
+	for _, x := range list[T](&b.State, key) {
+		if x != v {
+			l = append(l, x)
+		}
+	}
+	set(b, key, &l)
+}
+
+// Check says whether tx would be accepted now.
+func (s *State) Check(tx []byte) error {
+	b := &batch{State: *s}
+	_, err := b.apply(tx)
+	return err
+}
+
+// Verify checks the parts of a transaction that make a proposal invalid as a whole: form, grid and signatures.
+func (s *State) Verify(raw []byte) error {
+	tx, err := DecodeTx(raw)
+	if err != nil {
+		return err
+	}
+	_, err = s.authenticate(raw, tx)
+	return err
+}
+
+// Apply computes the next state. It does not fail: a transaction that is refused leaves nothing but its Result.
+func (s *State) Apply(blk Block) (*State, []Result) {
+	b := &batch{State: *s, height: blk.Height}
+	now := blk.Time.UnixMilli()
+	results := make([]Result, len(blk.Txs))
+	moved := false
+	for i, raw := range blk.Txs {
+		try := *b
+		try.clock.Time = now
+		if code, err := try.apply(raw); err != nil {
+			results[i] = Result{Code: code, Log: err.Error()}
+			continue
+		}
+		b.tree = try.tree
+	}
+	g, err := b.Genesis()
+	if err == nil {
+		lease := g.Lease.Milliseconds()
+		// A jump of time longer than a lease means that the ledger stood still, and with it the ears of all: everybody
+		// gets one more lease.
+		if s.clock.Time != 0 && now-s.clock.Time > lease {
+			b.clock.Grace = now + lease + g.Margin.Milliseconds()
+		}
+		b.clock.Time = now
+		moved = b.liveness(blk.Heard)
+	}
+	b.clock.Time = now
+	if moved {
+		for _, id := range list[contract.ID](&b.State, ContractsKey) {
+			b.assign(id)
+		}
+	}
+	return &b.State, results
+}
+
+// liveness changes nodes between up and down by what validators with more than 2/3 of the power agree on.
+func (b *batch) liveness(heard []Heard) (changed bool) {
+	var total int64
+	for _, h := range heard {
+		total += h.Power
+	}
+	if total == 0 {
+		return false
+	}
+	for i, id := range list[identity.NodeID](&b.State, NodesKey) {
+		var yes, no int64
+		for _, h := range heard {
+			switch {
+			case h.Nodes == nil:
+			case h.Nodes.Has(i):
+				yes += h.Power
+			default:
+				no += h.Power
+			}
+		}
+		if 3*yes <= 2*total && 3*no <= 2*total {
+			continue
+		}
+		n, err := get[Node](&b.State, NodeKey(id))
+		if err != nil {
+			continue
+		}
+		up := 3*yes > 2*total
+		if n.Up == up || (!up && b.clock.Time < b.clock.Grace) {
+			continue
+		}
+		n.Up, n.Since = up, b.clock.Time
+		set(b, NodeKey(id), n)
+		changed = true
+	}
+	return changed
+}
+
+// Bitmap is a set of node indices: bit i%8 of byte i/8. A Bitmap that is not nil is a statement, even when empty.
+type Bitmap []byte
+
+// MaxNodes bounds a grid in this version, and so a Bitmap.
+const MaxNodes = 1 << 16
+
+// Has reports whether index i is in the set.
+func (m Bitmap) Has(i int) bool { return i/8 < len(m) && m[i/8]>>(i%8)&1 == 1 }
+
+// With returns the set with i added.
+func (m Bitmap) With(i int) Bitmap {
+	out := make(Bitmap, max(len(m), i/8+1))
+	copy(out, m)
+	out[i/8] |= 1 << (i % 8)
+	return out
+}
+
+// signatures remembers which hybrid signatures were verified, by digest of all that they depend on: the same
+// transaction is checked at the mempool, in the proposal and in the block.
+type signatures struct {
+	mu   sync.Mutex
+	good map[[32]byte]struct{}
+}
+
+const maxSignatures = 1 << 14
+
+func newSignatures() *signatures { return &signatures{good: map[[32]byte]struct{}{}} }
+
+func (c *signatures) verify(key *identity.PublicKey, purpose string, msg []byte, sig *identity.Signature) error {
+	d := canonical.Digest("holdfast/signature-cache/v1", key[:], []byte(purpose), msg, sig[:])
+	c.mu.Lock()
+	_, ok := c.good[d]
+	c.mu.Unlock()
+	if ok {
+		return nil
+	}
+	if err := key.Verify(purpose, msg, sig); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	if len(c.good) >= maxSignatures {
+		clear(c.good)
+	}
+	c.good[d] = struct{}{}
+	c.mu.Unlock()
+	return nil
+}
