@@ -1,0 +1,160 @@
+// Package overlay builds private IPv6 networks between machines that do not trust the cable, the farm or each other.
+//
+// One Network is one WireGuard mesh as one node sees it: a tunnel, its peers, the workloads attached to it on this node,
+// their names, and what they may reach outside. A node runs one for each contract network that has workloads on it, in a
+// network namespace of its own (NET), and one for the grid's system network, whose tunnel is in the node's own namespace.
+//
+// Addresses are derived and never chosen. A network has a /48 and each member, node or workload, a /128 in it:
+//
+//	prefix = fd || first  5 bytes of SHA-256("holdfast/net/v1"  || 00 || network)
+//	addr   = prefix || first 10 bytes of SHA-256("holdfast/addr/v1" || 00 || network || member)
+//
+// The package never decides who is a peer, who runs where or who may talk to whom: the caller says so, and says so again
+// whenever it changes. It keeps nothing on disk. What must survive the death of the process (NET, attachments, their
+// pins) lives in the kernel; the tunnel and the DNS server live in the process and come back with the next Run:
+//
+//	DIR/NAME/net     NET: tunnel "wg0", one veth "w…" a workload, "up0" when a workload has egress
+//	DIR/NAME/w-ID    a workload's namespace: "eth0", handed to its sandbox
+//
+// Inside NET nothing is bridged and nothing is believed. Each workload hangs on a routed veth of its own, and a packet
+// enters only if its interface, source MAC and source address are those of one attachment; a packet from the tunnel is
+// already bound by WireGuard's allowed addresses. Forwarding goes between members of the network and nowhere else.
+// Neighbours are permanent entries on both ends, so that neighbour discovery can neither fail nor be forged.
+//
+// DNS (RFC 1035, UDP and TCP port 53) listens inside NET on the node's own address and answers that network's workloads
+// only: AAAA of the names given by SetNames, no data for other types, NXDOMAIN for other names, or the node's resolvers'
+// answer if the asking workload has egress. Names are matched without regard to case. Limits: one question a message,
+// 4096 bytes a message, 64 queries at a time.
+package overlay
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"sync"
+)
+
+// Prefix returns the /48 of a network.
+func Prefix(network [32]byte) netip.Prefix {
+	return netip.PrefixFrom(address(network, nil), 48)
+}
+
+// Addr returns the /128 of a member, a node or a workload, in a network.
+func Addr(network, member [32]byte) netip.Addr {
+	return address(network, member[:])
+}
+
+func address(network [32]byte, member []byte) netip.Addr {
+	var a [16]byte
+	p := sha256.Sum256(append([]byte("holdfast/net/v1\x00"), network[:]...))
+	a[0] = 0xfd
+	copy(a[1:6], p[:5])
+	if member != nil {
+		m := sha256.Sum256(append(append([]byte("holdfast/addr/v1\x00"), network[:]...), member...))
+		copy(a[6:], m[:10])
+	}
+	return netip.AddrFrom16(a)
+}
+
+// Config says what a Network is on this node. It does not change during the Network's life.
+type Config struct {
+	Network    [32]byte
+	Name       string           // unique on this node, [a-z0-9]{1,8}: it names directories and interfaces
+	Port       uint16           // UDP port of WireGuard in the node's namespace, unique on this node
+	PrivateKey [32]byte         // the node's X25519 key
+	Self       netip.Addr       // the node's address in this network: router and DNS server
+	Dir        string           // directory on tmpfs that holds the namespaces of all networks
+	InMain     bool             // the tunnel is in the node's own namespace and there are no workloads: the system network
+	Main       string           // the node's own namespace; empty means that of this process
+	MTU        int              // of the tunnel; 0 means 1420
+	Resolvers  []netip.AddrPort // answer foreign names for workloads that have egress; none means that nobody does
+	Log        *slog.Logger     // nil discards
+}
+
+// A Peer is another node of the network.
+type Peer struct {
+	PublicKey    [32]byte
+	PresharedKey [32]byte
+	Endpoint     netip.AddrPort // the zero value waits for the peer to call
+	Addrs        []netip.Prefix // what it may send from and is sent to: its own /128 and those of its workloads
+}
+
+// An Egress rule lets one workload open connections to the outside. Whatever the rules say, a workload never reaches
+// the node, the node's own links, loopback, link-local, multicast and private addresses, or another network.
+type Egress struct {
+	Prefix netip.Prefix // IPv6 or IPv4
+	Proto  string       // "tcp" or "udp"
+	Port   uint16       // 0 means any
+}
+
+// An Attachment is one workload's place in the network.
+type Attachment struct {
+	ID   string // [a-z0-9-]{1,63}
+	Addr netip.Addr
+}
+
+// A Network is one overlay network on this node.
+type Network struct {
+	cfg    Config
+	prefix netip.Prefix
+	log    *slog.Logger
+	wake   chan struct{}
+
+	mu     sync.Mutex // guards wanted state
+	peers  []Peer
+	names  map[string][]netip.Addr
+	egress map[netip.Addr][]Egress
+
+	kernel sync.Mutex // held while the namespaces, links and rules of this network are read or changed
+}
+
+var (
+	nameForm = regexp.MustCompile(`^[a-z0-9]{1,8}$`)
+	idForm   = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+)
+
+// New checks the configuration. It touches nothing.
+func New(cfg Config) (*Network, error) {
+	n := &Network{cfg: cfg, prefix: Prefix(cfg.Network), log: cfg.Log, wake: make(chan struct{}, 1)}
+	switch {
+	case !nameForm.MatchString(cfg.Name):
+		return nil, fmt.Errorf("overlay: name %q: want 1 to 8 of a-z and 0-9", cfg.Name)
+	case !filepath.IsAbs(cfg.Dir) && !cfg.InMain:
+		return nil, fmt.Errorf("overlay %s: directory %q: want an absolute path", cfg.Name, cfg.Dir)
+	case !n.prefix.Contains(cfg.Self):
+		return nil, fmt.Errorf("overlay %s: own address %v is outside %v", cfg.Name, cfg.Self, n.prefix)
+	case cfg.Port == 0:
+		return nil, fmt.Errorf("overlay %s: no port", cfg.Name)
+	case cfg.PrivateKey == [32]byte{}:
+		return nil, fmt.Errorf("overlay %s: no private key", cfg.Name)
+	}
+	if n.cfg.MTU == 0 {
+		n.cfg.MTU = 1420
+	}
+	if n.cfg.MTU < 1280 || n.cfg.MTU > 65000 {
+		return nil, fmt.Errorf("overlay %s: mtu %d: want 1280 to 65000", cfg.Name, n.cfg.MTU)
+	}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
+	}
+	n.log = n.log.With("network", cfg.Name)
+	return n, nil
+}
+
+// poke makes Run compare again.
+func (n *Network) poke() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// ErrNoWorkloads says that the system network takes no attachments.
+var ErrNoWorkloads = errors.New("the system network takes no workloads")
+
+var _ = context.Background
