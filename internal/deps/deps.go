@@ -1,0 +1,42 @@
+//go:build deps
+
+// Package deps keeps modules in go.mod until the rooms that need them are written.
+package deps
+
+import (
+	_ "filippo.io/age"
+	_ "github.com/btcsuite/btcd/btcutil/bech32"
+	_ "github.com/cloudflare/circl/sign/mldsa/mldsa65"
+	_ "github.com/cockroachdb/pebble/v2"
+	_ "github.com/cometbft/cometbft-db"
+	_ "github.com/cometbft/cometbft/light"
+	_ "github.com/cometbft/cometbft/node"
+	_ "github.com/compose-spec/compose-go/v2/cli"
+	_ "github.com/compose-spec/compose-go/v2/loader"
+	_ "github.com/fxamacker/cbor/v2"
+	_ "github.com/google/go-containerregistry/pkg/registry"
+	_ "github.com/google/go-containerregistry/pkg/v1/layout"
+	_ "github.com/google/go-containerregistry/pkg/v1/mutate"
+	_ "github.com/google/go-containerregistry/pkg/v1/remote"
+	_ "github.com/google/go-containerregistry/pkg/v1/tarball"
+	_ "github.com/google/nftables"
+	_ "github.com/hanwen/go-fuse/v2/fs"
+	_ "github.com/hanwen/go-fuse/v2/fuse"
+	_ "github.com/klauspost/compress/zstd"
+	_ "github.com/opencontainers/image-spec/specs-go/v1"
+	_ "github.com/opencontainers/runtime-spec/specs-go"
+	_ "github.com/rogpeppe/go-internal/testscript"
+	_ "github.com/spf13/cobra"
+	_ "github.com/vishvananda/netlink"
+	_ "github.com/vishvananda/netns"
+	_ "github.com/xtaci/smux"
+	_ "golang.org/x/crypto/xts"
+	_ "golang.org/x/net/dns/dnsmessage"
+	_ "golang.org/x/net/http2"
+	_ "golang.org/x/sync/errgroup"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/term"
+	_ "golang.org/x/time/rate"
+	_ "golang.zx2c4.com/wireguard/device"
+	_ "go.yaml.in/yaml/v3"
+)
