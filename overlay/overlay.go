@@ -33,10 +33,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
+	"time"
+
+	"golang.zx2c4.com/wireguard/device"
 )
 
 // Prefix returns the /48 of a network.
@@ -104,11 +109,12 @@ type Network struct {
 	prefix netip.Prefix
 	log    *slog.Logger
 	wake   chan struct{}
+	dns    server
 
-	mu     sync.Mutex // guards wanted state
-	peers  []Peer
-	names  map[string][]netip.Addr
+	mu     sync.Mutex // guards what is wanted, and the device
+	peers  map[[32]byte]Peer
 	egress map[netip.Addr][]Egress
+	dev    *device.Device // while Run runs
 
 	kernel sync.Mutex // held while the namespaces, links and rules of this network are read or changed
 }
@@ -143,6 +149,7 @@ func New(cfg Config) (*Network, error) {
 		n.log = slog.New(slog.DiscardHandler)
 	}
 	n.log = n.log.With("network", cfg.Name)
+	n.dns = server{self: cfg.Self, main: cfg.Main, resolvers: cfg.Resolvers, log: n.log}
 	return n, nil
 }
 
@@ -155,6 +162,178 @@ func (n *Network) poke() {
 }
 
 // ErrNoWorkloads says that the system network takes no attachments.
-var ErrNoWorkloads = errors.New("the system network takes no workloads")
+var ErrNoWorkloads = errors.New("a system network takes no workloads")
 
-var _ = context.Background
+// SetPeers says who the peers are. Those that did not change notice nothing; an address moves from one peer to another
+// without a gap. Peers that cannot be meant so are an error and change nothing.
+func (n *Network) SetPeers(peers []Peer) error {
+	set, err := n.checkPeers(peers)
+	if err != nil {
+		return fmt.Errorf("peers of %s: %w", n.cfg.Name, err)
+	}
+	n.mu.Lock()
+	n.peers = set
+	n.mu.Unlock()
+	n.poke()
+	return nil
+}
+
+// SetNames says what DNS answers: names without a final dot, such as "db" and "db.shop.internal".
+func (n *Network) SetNames(names map[string][]netip.Addr) { n.dns.setNames(names) }
+
+// SetEgress says what each workload may reach outside; a workload that is not in it reaches nothing. If nobody has
+// egress, there is no path. The Firewall's Egress must be on as well.
+func (n *Network) SetEgress(rules map[netip.Addr][]Egress) error {
+	if err := checkEgress(rules); err != nil {
+		return fmt.Errorf("network %s: %w", n.cfg.Name, err)
+	}
+	wanted := make(map[netip.Addr][]Egress)
+	free := make(map[netip.Addr]bool)
+	for addr, list := range rules {
+		if len(list) > 0 {
+			wanted[addr] = slices.Clone(list)
+			free[addr] = true
+		}
+	}
+	n.mu.Lock()
+	n.egress = wanted
+	n.mu.Unlock()
+	n.dns.setForward(free)
+	n.poke()
+	return nil
+}
+
+// Run opens the tunnel, serves DNS, and keeps the kernel as wanted, until ctx ends. Then the tunnel is gone; NET, the
+// attachments and their rules stay, and the next Run, in this process or another, takes them over.
+func (n *Network) Run(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("network %s: %w", n.cfg.Name, err)
+		}
+	}()
+	n.kernel.Lock()
+	if err = n.ensureNet(); err == nil && !n.cfg.InMain {
+		err = n.sweep()
+	}
+	n.kernel.Unlock()
+	if err != nil {
+		return err
+	}
+	dev, err := n.openWire(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	n.mu.Lock()
+	n.dev = dev
+	n.mu.Unlock()
+	defer func() {
+		n.mu.Lock()
+		n.dev = nil
+		n.mu.Unlock()
+		dev.Close()
+	}()
+
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if !n.cfg.InMain {
+		packets, streams, err := n.listenDNS()
+		if err != nil {
+			return err
+		}
+		serving.Go(func() { n.dns.serve(ctx, packets, streams) })
+	}
+
+	have := make(map[[32]byte]Peer)
+	resync := time.NewTicker(30 * time.Second)
+	defer resync.Stop()
+	for {
+		n.mu.Lock()
+		want, egress := n.peers, n.egress
+		n.mu.Unlock()
+		if plan := planPeers(have, want); plan != "" {
+			if err := dev.IpcSet(plan); err != nil {
+				return fmt.Errorf("set peers: %w", err)
+			}
+			have = want
+		}
+		if err := n.reconcile(egress); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-dev.Wait():
+			return errors.New("wireguard ended by itself")
+		case <-n.wake:
+		case <-resync.C:
+		}
+	}
+}
+
+// reconcile makes NET's rules and its way out what they should be.
+func (n *Network) reconcile(egress map[netip.Addr][]Egress) error {
+	if n.cfg.InMain {
+		return nil
+	}
+	n.kernel.Lock()
+	defer n.kernel.Unlock()
+	places, err := n.places()
+	if err != nil {
+		return err
+	}
+	// The rules come before the way out, and go after it.
+	if len(egress) == 0 {
+		if err := n.linkOut(false); err != nil {
+			return err
+		}
+	}
+	if err := n.applyRules(places); err != nil {
+		return err
+	}
+	if len(egress) > 0 {
+		return n.linkOut(true)
+	}
+	return nil
+}
+
+func (n *Network) applyRules(places []place) error {
+	n.mu.Lock()
+	egress := n.egress
+	n.mu.Unlock()
+	return within(n.tunNS(), func() error { return n.replaceRules(places, egress) })
+}
+
+// Dial opens a TCP connection from inside the network, from the node's own address.
+func (n *Network) Dial(ctx context.Context, to netip.AddrPort) (c net.Conn, err error) {
+	if !n.prefix.Contains(to.Addr()) {
+		return nil, fmt.Errorf("network %s: dial %v: outside %v", n.cfg.Name, to, n.prefix)
+	}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: n.cfg.Self.AsSlice()}}
+	err = within(n.tunNS(), func() (err error) {
+		c, err = d.DialContext(ctx, "tcp6", to.String())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("network %s: %w", n.cfg.Name, err)
+	}
+	return c, nil
+}
+
+// Listen opens a TCP listener on the node's own address in the network. Only on a system network can others reach it,
+// as far as the Firewall's Access lets them.
+func (n *Network) Listen(ctx context.Context, port uint16) (l net.Listener, err error) {
+	var lc net.ListenConfig
+	err = within(n.tunNS(), func() (err error) {
+		l, err = lc.Listen(ctx, "tcp6", netip.AddrPortFrom(n.cfg.Self, port).String())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("network %s: %w", n.cfg.Name, err)
+	}
+	return l, nil
+}
