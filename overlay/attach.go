@@ -96,15 +96,16 @@ func (n *Network) attach(a Attachment) (string, error) {
 	path := workPath(n.cfg.Dir, n.cfg.Name, a.ID)
 	for _, p := range places {
 		switch {
-		case p.Attachment == a && isNamespace(path):
-			return path, nil
-		case p.ID == a.ID:
+		case p.ID == a.ID && p.Addr != a.Addr:
 			return "", fmt.Errorf("already attached with address %v", p.Addr)
-		case p.Addr == a.Addr:
+		case p.ID == a.ID && isNamespace(path):
+			return path, nil
+		case p.ID != a.ID && p.Addr == a.Addr:
 			return "", fmt.Errorf("address %v belongs to %s", a.Addr, p.ID)
 		}
 	}
 	// Whatever is there of it is incomplete.
+	places = slices.DeleteFunc(places, func(p place) bool { return p.ID == a.ID })
 	if err := n.detach(a.ID); err != nil {
 		return "", err
 	}

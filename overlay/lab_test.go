@@ -87,13 +87,7 @@ func (l *lab) addBox(i int) *box {
 	t := l.t
 	t.Helper()
 	b := &box{lab: l, n: i, ns: filepath.Join(l.dir, fmt.Sprint(i), "main"), nets: filepath.Join(l.dir, fmt.Sprint(i), "nets")}
-	b.key = sha256.Sum256([]byte(fmt.Sprint("key", i)))
-	b.id = sha256.Sum256([]byte(fmt.Sprint("node", i)))
-	private, err := ecdh.X25519().NewPrivateKey(b.key[:])
-	must(t, err)
-	copy(b.pub[:], private.PublicKey().Bytes())
-	b.v6 = netip.MustParseAddr(fmt.Sprintf("2001:db8:%d::2", i))
-	b.v4 = netip.MustParseAddr(fmt.Sprintf("203.0.113.%d", 8*i+2))
+	b.derive(i)
 	must(t, makeNamespace(b.ns, func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
@@ -133,6 +127,21 @@ func (l *lab) addBox(i int) *box {
 		return addRoute(netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(everywhere4), Gw: b.v4.Prev().AsSlice()})
 	}))
 	return b
+}
+
+// derive gives a box its keys; it is the same in every process.
+func (b *box) derive(i int) {
+	b.key = sha256.Sum256([]byte(fmt.Sprint("key", i)))
+	b.id = sha256.Sum256([]byte(fmt.Sprint("node", i)))
+	private, err := ecdh.X25519().NewPrivateKey(b.key[:])
+	must(b.lab.t, err)
+	copy(b.pub[:], private.PublicKey().Bytes())
+	b.v6 = netip.MustParseAddr(fmt.Sprintf("2001:db8:%d::2", i))
+	b.v4 = netip.MustParseAddr(fmt.Sprintf("203.0.113.%d", 8*i+2))
+}
+
+func attachAddr(network, id string) netip.Addr {
+	return Addr(netID(network), sha256.Sum256([]byte(id)))
 }
 
 func must(t testing.TB, err error) {
@@ -189,7 +198,7 @@ func (m *member) start() {
 func (m *member) attach(id string) (string, netip.Addr) {
 	t := m.box.lab.t
 	t.Helper()
-	addr := Addr(m.cfg.Network, sha256.Sum256([]byte(id)))
+	addr := attachAddr(m.cfg.Name, id)
 	path, err := m.Attach(context.Background(), Attachment{ID: id, Addr: addr})
 	must(t, err)
 	m.places = append(m.places, addr)

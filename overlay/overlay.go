@@ -29,6 +29,7 @@ package overlay
 
 import (
 	"context"
+	"crypto/ecdh"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -40,8 +41,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"golang.zx2c4.com/wireguard/device"
 )
 
 // Prefix returns the /48 of a network.
@@ -107,14 +106,15 @@ type Attachment struct {
 type Network struct {
 	cfg    Config
 	prefix netip.Prefix
+	public [32]byte
 	log    *slog.Logger
 	wake   chan struct{}
 	dns    server
 
-	mu     sync.Mutex // guards what is wanted, and the device
+	mu     sync.Mutex // guards what is wanted, and the wire
 	peers  map[[32]byte]Peer
 	egress map[netip.Addr][]Egress
-	dev    *device.Device // while Run runs
+	wire   *wire // while Run runs
 
 	kernel sync.Mutex // held while the namespaces, links and rules of this network are read or changed
 }
@@ -149,6 +149,11 @@ func New(cfg Config) (*Network, error) {
 		n.log = slog.New(slog.DiscardHandler)
 	}
 	n.log = n.log.With("network", cfg.Name)
+	private, err := ecdh.X25519().NewPrivateKey(cfg.PrivateKey[:])
+	if err != nil {
+		return nil, fmt.Errorf("overlay %s: private key: %w", cfg.Name, err)
+	}
+	n.public = [32]byte(private.PublicKey().Bytes())
 	n.dns = server{self: cfg.Self, main: cfg.Main, resolvers: cfg.Resolvers, log: n.log}
 	return n, nil
 }
@@ -219,7 +224,7 @@ func (n *Network) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	dev, err := n.openWire(ctx)
+	wire, err := n.openWire(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil
@@ -227,13 +232,13 @@ func (n *Network) Run(ctx context.Context) (err error) {
 		return err
 	}
 	n.mu.Lock()
-	n.dev = dev
+	n.wire = wire
 	n.mu.Unlock()
 	defer func() {
 		n.mu.Lock()
-		n.dev = nil
+		n.wire = nil
 		n.mu.Unlock()
-		dev.Close()
+		wire.Close()
 	}()
 
 	var serving sync.WaitGroup
@@ -249,17 +254,30 @@ func (n *Network) Run(ctx context.Context) (err error) {
 	}
 
 	have := make(map[[32]byte]Peer)
+	var uncalled []Peer
+	calling := time.NewTimer(0)
+	defer calling.Stop()
 	resync := time.NewTicker(30 * time.Second)
 	defer resync.Stop()
 	for {
 		n.mu.Lock()
 		want, egress := n.peers, n.egress
 		n.mu.Unlock()
-		if plan := planPeers(have, want); plan != "" {
-			if err := dev.IpcSet(plan); err != nil {
+		plan, fresh := planPeers(n.public, have, want)
+		if plan != "" {
+			if err := wire.IpcSet(plan); err != nil {
 				return fmt.Errorf("set peers: %w", err)
 			}
 			have = want
+		}
+		for _, p := range fresh {
+			if err := wire.bind.knock(p); err != nil {
+				n.log.Debug("peer", "error", err) // the handshake will try again, and go on trying
+			}
+		}
+		if len(fresh) > 0 {
+			uncalled = append(uncalled, fresh...)
+			calling.Reset(headStart)
 		}
 		if err := n.reconcile(egress); err != nil {
 			return err
@@ -267,9 +285,14 @@ func (n *Network) Run(ctx context.Context) (err error) {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-dev.Wait():
+		case <-wire.Wait():
 			return errors.New("wireguard ended by itself")
 		case <-n.wake:
+		case <-calling.C:
+			if err := wire.IpcSet(call(uncalled)); err != nil {
+				return fmt.Errorf("call peers: %w", err)
+			}
+			uncalled = nil
 		case <-resync.C:
 		}
 	}

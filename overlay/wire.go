@@ -3,7 +3,6 @@ package overlay
 import (
 	"bufio"
 	"context"
-	"crypto/ecdh"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -27,15 +26,21 @@ import (
 // forgets a UDP flow that was never answered, so that a peer who starts late is always let in.
 const keepalive = 20
 
+// A wire is a running WireGuard.
+type wire struct {
+	*device.Device
+	bind *bind
+}
+
 // openWire makes the tunnel in its namespace and starts WireGuard on it. A predecessor that is still dying may hold the
 // port and the interface for a moment.
-func (n *Network) openWire(ctx context.Context) (*device.Device, error) {
+func (n *Network) openWire(ctx context.Context) (*wire, error) {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
-		dev, err := n.tryWire()
+		w, err := n.tryWire()
 		if err == nil || time.Now().After(deadline) ||
 			!errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EADDRINUSE) && !strings.Contains(err.Error(), "address already in use") {
-			return dev, err
+			return w, err
 		}
 		select {
 		case <-ctx.Done():
@@ -45,7 +50,7 @@ func (n *Network) openWire(ctx context.Context) (*device.Device, error) {
 	}
 }
 
-func (n *Network) tryWire() (*device.Device, error) {
+func (n *Network) tryWire() (*wire, error) {
 	var t tun.Device
 	err := within(n.tunNS(), func() (err error) {
 		t, err = openTun(n.tunName(), n.cfg.MTU)
@@ -54,7 +59,8 @@ func (n *Network) tryWire() (*device.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	dev := device.NewDevice(t, &bind{Bind: conn.NewStdNetBind(), ns: n.cfg.Main}, &device.Logger{
+	b := &bind{Bind: conn.NewStdNetBind(), ns: n.cfg.Main}
+	dev := device.NewDevice(t, b, &device.Logger{
 		Verbosef: func(format string, args ...any) {
 			if n.log.Enabled(context.Background(), slog.LevelDebug) {
 				n.log.Debug("wireguard", "event", fmt.Sprintf(format, args...))
@@ -74,7 +80,7 @@ func (n *Network) tryWire() (*device.Device, error) {
 		dev.Close()
 		return nil, err
 	}
-	return dev, nil
+	return &wire{dev, b}, nil
 }
 
 func openTun(name string, mtu int) (tun.Device, error) {
@@ -161,10 +167,14 @@ func (n *Network) tunNS() string {
 	return netPath(n.cfg.Dir, n.cfg.Name)
 }
 
+// headStart is how long a node leaves the first handshake with a peer to the peer: two that cross would
+// cancel each other, and both would wait five seconds. The side with the lower key begins.
+const headStart = 250 * time.Millisecond
+
 // planPeers says in WireGuard's configuration protocol how to get from one set of peers to another without touching
-// what is in both. An address that changes hands is given to its new peer before the old one is told to drop it, so that
-// no packet finds it without an owner.
-func planPeers(have, want map[[32]byte]Peer) string {
+// what is in both, and which new peers were not called yet. An address that changes hands is given to its new peer
+// before the old one is told to drop it, so that no packet finds it without an owner.
+func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, uncalled []Peer) {
 	var gone, set, drop strings.Builder
 	keys := make([][32]byte, 0, len(have)+len(want))
 	for key := range have {
@@ -175,7 +185,7 @@ func planPeers(have, want map[[32]byte]Peer) string {
 			keys = append(keys, key)
 		}
 	}
-	slices.SortFunc(keys, func(a, b [32]byte) int { return slices.Compare(a[:], b[:]) })
+	slices.SortFunc(keys, compareKeys)
 	for _, key := range keys {
 		old, had := have[key]
 		peer, wanted := want[key]
@@ -187,7 +197,8 @@ func planPeers(have, want map[[32]byte]Peer) string {
 		if !had || old.PresharedKey != peer.PresharedKey {
 			fmt.Fprintf(&lines, "preshared_key=%x\n", peer.PresharedKey)
 		}
-		if peer.Endpoint.IsValid() && (!had || old.Endpoint != peer.Endpoint) {
+		moved := peer.Endpoint.IsValid() && (!had || old.Endpoint != peer.Endpoint)
+		if moved {
 			fmt.Fprintf(&lines, "endpoint=%v\n", peer.Endpoint)
 		}
 		for _, p := range peer.Addrs {
@@ -195,9 +206,14 @@ func planPeers(have, want map[[32]byte]Peer) string {
 				fmt.Fprintf(&lines, "allowed_ip=%v\n", p)
 			}
 		}
-		if !had {
-			// Last: turning it on sends at once, and so starts the handshake.
+		switch {
+		case had && moved:
+			// Off and on sends at once, which tells the new place and opens this node's firewall to it.
+			fmt.Fprintf(&lines, "persistent_keepalive_interval=0\npersistent_keepalive_interval=%d\n", keepalive)
+		case !had && compareKeys(self, key) < 0:
 			fmt.Fprintf(&lines, "persistent_keepalive_interval=%d\n", keepalive)
+		case !had:
+			uncalled = append(uncalled, peer)
 		}
 		if lines.Len() > 0 {
 			fmt.Fprintf(&set, "public_key=%x\n", key)
@@ -212,20 +228,39 @@ func planPeers(have, want map[[32]byte]Peer) string {
 			}
 		}
 	}
-	return set.String() + drop.String() + gone.String()
+	return set.String() + drop.String() + gone.String(), uncalled
+}
+
+func compareKeys(a, b [32]byte) int { return slices.Compare(a[:], b[:]) }
+
+// knock sends a peer one meaningless byte: its firewall drops it, or its WireGuard does, and this node's firewall takes
+// the peer's handshake for an answer from then on.
+func (b *bind) knock(p Peer) error {
+	if !p.Endpoint.IsValid() {
+		return nil
+	}
+	to, err := b.ParseEndpoint(p.Endpoint.String())
+	if err != nil {
+		return fmt.Errorf("knock at %v: %w", p.Endpoint, err)
+	}
+	return b.Send([][]byte{{0}}, to)
+}
+
+// call starts the handshakes that planPeers left to the other side, where it is still needed.
+func call(peers []Peer) string {
+	var b strings.Builder
+	for _, p := range peers {
+		fmt.Fprintf(&b, "public_key=%x\nupdate_only=true\npersistent_keepalive_interval=%d\n", p.PublicKey, keepalive)
+	}
+	return b.String()
 }
 
 // checkPeers indexes the peers and refuses what could not be meant: addresses outside the network, or with two owners.
 func (n *Network) checkPeers(peers []Peer) (map[[32]byte]Peer, error) {
 	set := make(map[[32]byte]Peer, len(peers))
 	owner := make(map[netip.Prefix][32]byte)
-	private, err := ecdh.X25519().NewPrivateKey(n.cfg.PrivateKey[:])
-	if err != nil {
-		return nil, fmt.Errorf("own key: %w", err)
-	}
-	public := private.PublicKey().Bytes()
 	for _, p := range peers {
-		if slices.Equal(p.PublicKey[:], public) {
+		if p.PublicKey == n.public {
 			return nil, fmt.Errorf("peer %x: is this node", p.PublicKey[:4])
 		}
 		if _, ok := set[p.PublicKey]; ok {
@@ -257,7 +292,7 @@ type PeerStatus struct {
 // Status tells what the tunnel saw of each peer, ordered by public key. It is empty while Run does not run.
 func (n *Network) Status() []PeerStatus {
 	n.mu.Lock()
-	dev := n.dev
+	dev := n.wire
 	n.mu.Unlock()
 	if dev == nil {
 		return nil
@@ -295,7 +330,7 @@ func (n *Network) Status() []PeerStatus {
 		}
 	}
 	out := make([]PeerStatus, 0, len(seen))
-	for _, key := range slices.SortedFunc(maps.Keys(seen), func(a, b [32]byte) int { return slices.Compare(a[:], b[:]) }) {
+	for _, key := range slices.SortedFunc(maps.Keys(seen), compareKeys) {
 		out = append(out, *seen[key])
 	}
 	return out
