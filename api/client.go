@@ -1,0 +1,311 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"holdfast/access"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+	"holdfast/ledger"
+	"holdfast/ledger/comet"
+	"holdfast/store"
+)
+
+// ClientConfig says which grid, and how to reach its validators.
+type ClientConfig struct {
+	Genesis *ledger.Genesis
+	// Dial connects to one validator's API. Nil dials the address in the genesis.
+	Dial  func(ctx context.Context, v *ledger.Validator) (net.Conn, error)
+	Trust string // file that remembers the newest header; "" forgets it with the client
+	Log   *slog.Logger
+}
+
+// Client reads and changes one grid. It is safe for concurrent use.
+type Client struct {
+	genesis *ledger.Genesis
+	grid    identity.GridID
+	comet   *comet.Client
+}
+
+// LedgerName is the TLS server name of a grid's ledger API, also behind gateways.
+func LedgerName(grid identity.GridID) string { return "ledger." + grid.Short() + ".holdfast" }
+
+// NewClient checks the configuration and dials nothing.
+func NewClient(cfg ClientConfig) (*Client, error) {
+	c := &Client{genesis: cfg.Genesis, grid: cfg.Genesis.GridID()}
+	cc := comet.ClientConfig{Genesis: CometGenesis(cfg.Genesis), Verify: ledger.VerifyProof, Log: cfg.Log}
+	if cfg.Trust != "" {
+		cc.Trust = comet.FileTrust(cfg.Trust)
+	}
+	for i := range cfg.Genesis.Validators {
+		v := &cfg.Genesis.Validators[i]
+		dial := func(ctx context.Context) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", v.Address)
+		}
+		if cfg.Dial != nil {
+			dial = func(ctx context.Context) (net.Conn, error) { return cfg.Dial(ctx, v) }
+		}
+		cc.Servers = append(cc.Servers, comet.Server{Dial: dial, Name: LedgerName(c.grid), Pins: []comet.Pin{v.TLS}})
+	}
+	var err error
+	if c.comet, err = comet.NewClient(cc); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Close closes idle connections.
+func (c *Client) Close() { c.comet.Close() }
+
+// Grid is the grid's ID.
+func (c *Client) Grid() identity.GridID { return c.grid }
+
+// Genesis is the grid's genesis document.
+func (c *Client) Genesis() *ledger.Genesis { return c.genesis }
+
+// Read returns proved records.
+func (c *Client) Read(ctx context.Context, keys ...string) (comet.View, error) {
+	return c.comet.Read(ctx, keys...)
+}
+
+// Watch returns when the ledger has changed after a height, or after some 25 s anyway.
+func (c *Client) Watch(ctx context.Context, after int64) (int64, error) {
+	return c.comet.Watch(ctx, after)
+}
+
+// Reader reads proved records.
+type Reader interface {
+	Read(ctx context.Context, keys ...string) (comet.View, error)
+}
+
+// Get reads one record; ledger.ErrAbsent says that it is proved not to be there.
+func Get[T any](ctx context.Context, r Reader, key string) (*T, error) {
+	v, err := r.Read(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	raw, ok := v.Value(key)
+	if !ok {
+		return nil, ledger.ErrAbsent
+	}
+	return ledger.Decode[T](raw)
+}
+
+// maxKeys is how many keys one read asks for.
+const maxKeys = 64
+
+// GetAll reads the records of many keys, in their order; those that are absent are nil.
+func GetAll[T any](ctx context.Context, r Reader, keys []string) ([]*T, error) {
+	out := make([]*T, 0, len(keys))
+	for len(keys) > 0 {
+		n := min(len(keys), maxKeys)
+		v, err := r.Read(ctx, keys[:n]...)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range keys[:n] {
+			raw, ok := v.Value(k)
+			if !ok {
+				out = append(out, nil)
+				continue
+			}
+			rec, err := ledger.Decode[T](raw)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, rec)
+		}
+		keys = keys[n:]
+	}
+	return out, nil
+}
+
+// List reads a list and the records that it names; a record that went meanwhile is left out.
+func List[ID, T any](ctx context.Context, r Reader, listKey string, key func(ID) string) ([]*T, error) {
+	ids, err := Get[[]ID](ctx, r, listKey)
+	if errors.Is(err, ledger.ErrAbsent) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	keys := make([]string, len(*ids))
+	for i, id := range *ids {
+		keys[i] = key(id)
+	}
+	all, err := GetAll[T](ctx, r, keys)
+	if err != nil {
+		return nil, err
+	}
+	out := all[:0]
+	for _, x := range all {
+		if x != nil {
+			out = append(out, x)
+		}
+	}
+	return out, nil
+}
+
+// Nodes reads all nodes, in order of registration.
+func (c *Client) Nodes(ctx context.Context) ([]*ledger.Node, error) {
+	return List[identity.NodeID, ledger.Node](ctx, c, ledger.NodesKey, ledger.NodeKey)
+}
+
+// ErrRefused is returned for a transaction that the ledger did not accept.
+var ErrRefused = comet.ErrRefused
+
+// Submit sends a signed transaction and waits until it is in a block. It returns the height.
+func (c *Client) Submit(ctx context.Context, tx *ledger.Tx) (int64, error) {
+	done, err := c.comet.Submit(ctx, tx.Encode())
+	if err != nil {
+		return 0, err
+	}
+	if done.Code != ledger.CodeOK {
+		return 0, fmt.Errorf("%w: %s", ErrRefused, done.Log)
+	}
+	return done.Height, nil
+}
+
+// Next is the nonce of an actor's next transaction.
+func (c *Client) Next(ctx context.Context, a ledger.Actor) (uint64, error) {
+	n, err := Get[uint64](ctx, c, ledger.NonceKey(a))
+	if errors.Is(err, ledger.ErrAbsent) {
+		return 1, nil
+	} else if err != nil {
+		return 0, err
+	}
+	return *n + 1, nil
+}
+
+// Act signs a transaction of an actor with its next nonce and submits it, so that it is read back by the same client
+// from the returned height on.
+func (c *Client) Act(ctx context.Context, kind ledger.Kind, a ledger.Actor, payload any, keys ...*identity.PrivateKey) (*ledger.Tx, error) {
+	n, err := c.Next(ctx, a)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", kind, err)
+	}
+	tx := ledger.NewTx(c.grid, kind, a, n, payload)
+	for _, k := range keys {
+		tx.Sign(k)
+	}
+	h, err := c.Submit(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := c.comet.ReadAt(ctx, h, ledger.NonceKey(a)); err != nil { // the next Read shows it
+		return nil, fmt.Errorf("%s was committed at %d, reading it back: %w", kind, h, err)
+	}
+	return tx, nil
+}
+
+// Heartbeat sends one.
+func (c *Client) Heartbeat(ctx context.Context, raw []byte) error {
+	resp, err := c.do(ctx, http.MethodPost, "/v1/heartbeat", bytes.NewReader(raw), nil)
+	if err != nil {
+		return fmt.Errorf("heartbeat: %w", err)
+	}
+	return resp.Body.Close()
+}
+
+// Reports returns what each node last said of its workloads, verified against the nodes' session keys.
+func (c *Client) Reports(ctx context.Context, nodes []*ledger.Node) ([]*ledger.Heartbeat, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/v1/reports", nil, nil)
+	if err != nil {
+		return nil, fmt.Errorf("reports: %w", err)
+	}
+	defer resp.Body.Close()
+	limit := int64(64<<20) + 1
+	b, err := io.ReadAll(io.LimitReader(resp.Body, limit))
+	if err != nil {
+		return nil, fmt.Errorf("reports: %w", err)
+	}
+	var raw [][]byte
+	if err := canonical.Decode(b, int(limit), &raw); err != nil {
+		return nil, fmt.Errorf("reports: %w", err)
+	}
+	byID := map[identity.NodeID]*ledger.Node{}
+	for _, n := range nodes {
+		byID[n.ID] = n
+	}
+	var out []*ledger.Heartbeat
+	for _, r := range raw {
+		h, err := ledger.DecodeHeartbeat(r)
+		if err != nil {
+			return nil, fmt.Errorf("reports: %w", err)
+		}
+		n, ok := byID[h.Node]
+		if !ok {
+			continue // a node that the caller's view does not have yet
+		}
+		if err := h.Verify(c.grid, n); err != nil {
+			return nil, fmt.Errorf("reports: %w", err)
+		}
+		out = append(out, h)
+	}
+	return out, nil
+}
+
+// HasBlob reports whether the grid holds a blob.
+func (c *Client) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
+	resp, err := c.do(ctx, http.MethodHead, "/v1/blob/"+d.String(), nil, nil)
+	if errors.Is(err, store.ErrAbsent) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	return true, resp.Body.Close()
+}
+
+// OpenBlob fetches a blob; the reader fails at its end if the bytes do not have the digest.
+func (c *Client) OpenBlob(ctx context.Context, d store.Digest) (io.ReadCloser, int64, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/v1/blob/"+d.String(), nil, nil)
+	if err != nil {
+		return nil, 0, err
+	}
+	return store.Verify(resp.Body, d), resp.ContentLength, nil
+}
+
+// PutBlob stores a blob in the name of an account.
+func (c *Client) PutBlob(ctx context.Context, d store.Digest, size int64, r io.Reader, account identity.AccountID, key *identity.PrivateKey) error {
+	resp, err := c.do(ctx, http.MethodPut, "/v1/blob/"+d.String(), r, func(req *http.Request) {
+		req.ContentLength = size
+		// One validator keeps blobs in this version, the first one.
+		access.Sign(req, c.genesis.Validators[0].TLS, account, key, time.Now())
+	})
+	if err != nil {
+		return fmt.Errorf("put blob: %w", err)
+	}
+	return resp.Body.Close()
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+LedgerName(c.grid)+path, body)
+	if err != nil {
+		return nil, err
+	}
+	if prepare != nil {
+		prepare(req)
+	}
+	resp, err := c.comet.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 == 2 {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusNotFound {
+		return nil, fmt.Errorf("%s: %w", path, store.ErrAbsent)
+	}
+	msg, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+	return nil, fmt.Errorf("%s %s: %s: %s", method, path, resp.Status, strings.TrimSpace(string(msg)))
+}

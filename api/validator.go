@@ -1,0 +1,253 @@
+// Package api is the grid's API: what a validator serves, and the client that everybody else reads the grid with. Every
+// record that the client returns was proved against a block header that the validators signed (package ledger/comet);
+// what is not on the ledger (reports of nodes, blobs) is verified against keys and digests that are.
+//
+// Paths beside those of ledger/comet, all over TLS 1.3 with the validator's key pinned by the genesis:
+//
+//	POST /v1/heartbeat      a node's heartbeat (ledger.Heartbeat), signed by its session key
+//	GET  /v1/reports        the latest heartbeat of every node, as it was signed: CBOR array of byte strings
+//	HEAD,GET /v1/blob/HEX   a sealed blob, by SHA-256
+//	PUT  /v1/blob/HEX       stores one; signed by a device of an account (package access)
+package api
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	"holdfast/access"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+	"holdfast/ledger"
+	"holdfast/ledger/comet"
+	"holdfast/store"
+)
+
+// MaxBlob bounds one sealed blob: a layer of an image.
+const MaxBlob = 4 << 30
+
+// ValidatorConfig is what a validator needs.
+type ValidatorConfig struct {
+	Genesis  *ledger.Genesis
+	Home     string       // its keys and its copy of the ledger
+	P2P      string       // host:port of consensus
+	Peers    []comet.Peer // other validators
+	API      net.Listener
+	TLS      tls.Certificate
+	Blobs    store.Blobs
+	Timeouts comet.Timeouts // zero is the lab's
+	Log      *slog.Logger
+}
+
+// Validator takes part in consensus and serves the API.
+type Validator struct {
+	cfg   ValidatorConfig
+	pin   comet.Pin
+	ears  *ledger.Ears
+	comet *comet.Validator
+	log   *slog.Logger
+}
+
+// NewValidator checks the configuration; nothing happens before Run.
+func NewValidator(cfg ValidatorConfig) (*Validator, error) {
+	v := &Validator{cfg: cfg, log: cfg.Log}
+	if v.log == nil {
+		v.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if v.pin, err = comet.PinOf(cfg.TLS); err != nil {
+		return nil, fmt.Errorf("validator certificate: %w", err)
+	}
+	v.comet, err = comet.New(comet.Config{
+		Home: cfg.Home, Genesis: CometGenesis(cfg.Genesis), P2P: cfg.P2P, Peers: cfg.Peers, API: cfg.API, TLS: cfg.TLS,
+		Machine: comet.Machine{
+			Genesis: func(g comet.Genesis) (comet.State, error) {
+				doc, err := ledger.DecodeGenesis(g.State)
+				if err != nil {
+					return nil, err
+				}
+				s, err := ledger.New(doc)
+				return machine{s}, err
+			},
+			Load: func(_ int64, all iter.Seq2[string, []byte]) (comet.State, error) {
+				s, err := ledger.Load(all)
+				return machine{s}, err
+			},
+		},
+		Timeouts: cfg.Timeouts,
+		Extend: func(int64) []byte {
+			if s := v.state(); s != nil {
+				return v.ears.Extension(s, time.Now())
+			}
+			return nil
+		},
+		VerifyExtension: func(b []byte) error { _, err := ledger.DecodeExtension(b); return err },
+		Handlers: map[string]http.Handler{
+			"POST /v1/heartbeat":    http.HandlerFunc(v.heartbeat),
+			"GET /v1/reports":       http.HandlerFunc(v.reports),
+			"GET /v1/blob/{digest}": http.HandlerFunc(v.getBlob), // and HEAD
+			"PUT /v1/blob/{digest}": http.HandlerFunc(v.putBlob),
+		},
+		Log: v.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+// Run takes part until ctx ends.
+func (v *Validator) Run(ctx context.Context) error {
+	v.ears = ledger.NewEars(v.cfg.Genesis, time.Now())
+	return v.comet.Run(ctx)
+}
+
+// Ready is closed when the API answers.
+func (v *Validator) Ready() <-chan struct{} { return v.comet.Ready() }
+
+func (v *Validator) state() *ledger.State {
+	if s, _ := v.comet.State(); s != nil {
+		return s.(machine).State
+	}
+	return nil
+}
+
+// CometGenesis is the chain that belongs to a grid's genesis. Its name begins with the grid's ID, so that no vote of one
+// grid counts in another.
+func CometGenesis(g *ledger.Genesis) comet.Genesis {
+	out := comet.Genesis{Chain: g.GridID().String()[:comet.MaxChain], Time: time.Unix(g.Time, 0).UTC(), State: g.Encode()}
+	for _, m := range g.Validators {
+		out.Validators = append(out.Validators, comet.Member{Key: m.Key, Power: m.Power})
+	}
+	return out
+}
+
+// machine makes a ledger.State what comet replicates.
+type machine struct{ *ledger.State }
+
+func (m machine) Apply(b comet.Block) (comet.State, []comet.Result) {
+	in := ledger.Block{Height: b.Height, Time: b.Time, Txs: b.Txs}
+	for _, h := range b.Heard {
+		nodes, err := ledger.DecodeExtension(h.Data)
+		if err != nil {
+			nodes = nil // malformed extensions were refused when they were voted; what cannot be read says nothing
+		}
+		in.Heard = append(in.Heard, ledger.Heard{Power: h.Power, Nodes: nodes})
+	}
+	next, res := m.State.Apply(in)
+	out := make([]comet.Result, len(res))
+	for i, r := range res {
+		out[i] = comet.Result{Code: r.Code, Log: r.Log}
+	}
+	return machine{next}, out
+}
+
+func (m machine) Changes(since comet.State) iter.Seq2[string, []byte] {
+	if since == nil {
+		return m.State.Changes(nil)
+	}
+	return m.State.Changes(since.(machine).State)
+}
+
+func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
+	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, ledger.MaxHeartbeat))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	s := v.state()
+	if s == nil {
+		http.Error(w, "the ledger is not ready", http.StatusServiceUnavailable)
+		return
+	}
+	if err := v.ears.Hear(s, raw, time.Now()); err != nil {
+		http.Error(w, err.Error(), http.StatusForbidden)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (v *Validator) reports(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/cbor")
+	w.Write(canonical.Encode(v.ears.Reports()))
+}
+
+func (v *Validator) digest(w http.ResponseWriter, r *http.Request) (store.Digest, bool) {
+	d, err := store.ParseDigest(r.PathValue("digest"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	}
+	return d, err == nil
+}
+
+// getBlob gives sealed bytes to whoever knows their digest: they are of no use without the key, and the digest is in a
+// sealed body or, for a body, on the ledger.
+func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
+	d, ok := v.digest(w, r)
+	if !ok {
+		return
+	}
+	body, size, err := v.cfg.Blobs.Open(r.Context(), d)
+	if err != nil {
+		code := http.StatusInternalServerError
+		if errors.Is(err, store.ErrAbsent) {
+			code = http.StatusNotFound
+		}
+		http.Error(w, err.Error(), code)
+		return
+	}
+	defer body.Close()
+	w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if r.Method == http.MethodHead {
+		return
+	}
+	if _, err := io.Copy(w, body); err != nil {
+		v.log.Warn("send blob", "digest", d, "error", err)
+		panic(http.ErrAbortHandler) // the client must not take a part for the whole
+	}
+}
+
+func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
+	d, ok := v.digest(w, r)
+	if !ok {
+		return
+	}
+	if _, _, err := access.Verify(r, v.pin, time.Now(), v.account); err != nil {
+		http.Error(w, err.Error(), http.StatusForbidden)
+		return
+	}
+	if err := v.cfg.Blobs.Put(r.Context(), d, http.MaxBytesReader(w, r.Body, MaxBlob+1)); err != nil {
+		code := http.StatusInternalServerError
+		if errors.Is(err, store.ErrDigest) || errors.Is(err, store.ErrTooBig) {
+			code = http.StatusBadRequest
+		}
+		http.Error(w, err.Error(), code)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (v *Validator) account(id identity.AccountID) (*identity.Account, error) {
+	s := v.state()
+	if s == nil {
+		return nil, errors.New("the ledger is not ready")
+	}
+	raw, _ := s.Get(ledger.AccountKey(id))
+	if raw == nil {
+		return nil, ledger.ErrAbsent
+	}
+	return ledger.Decode[identity.Account](raw)
+}
+
+// SPKI is the digest of a certificate's public key, by which it is pinned.
+func SPKI(rawSubjectPublicKeyInfo []byte) [32]byte { return sha256.Sum256(rawSubjectPublicKeyInfo) }
