@@ -67,7 +67,11 @@ func newLab(t testing.TB, boxes int) *lab {
 		os.Remove(dir)
 	})
 	must(t, makeNamespace(l.router, func() error {
-		if err := quiet(); err != nil {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
 			return err
 		}
 		for _, k := range []string{"ipv6/conf/all/forwarding", "ipv4/conf/all/forwarding"} {
@@ -107,20 +111,24 @@ func (l *lab) addBox(i int) *box {
 		if err != nil {
 			return err
 		}
-		addAddr(link, netip.PrefixFrom(b.v6.Prev(), 64))
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
 		addAddr(link, netip.PrefixFrom(b.v4.Prev(), 29))
-		return netlink.LinkSetUp(link)
+		// Without a link-local address a router cannot solicit its neighbours on behalf of others.
+		addAddr(link, netip.MustParsePrefix("fe80::ff/64"))
+		return addAddr(link, netip.PrefixFrom(b.v6.Prev(), 64))
 	}))
 	must(t, within(b.ns, func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err
 		}
-		addAddr(link, netip.PrefixFrom(b.v6, 64))
-		addAddr(link, netip.PrefixFrom(b.v4, 29))
 		if err := netlink.LinkSetUp(link); err != nil {
 			return err
 		}
+		addAddr(link, netip.PrefixFrom(b.v6, 64))
+		addAddr(link, netip.PrefixFrom(b.v4, 29))
 		if err := addRoute(netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(everywhere6), Gw: b.v6.Prev().AsSlice()}); err != nil {
 			return err
 		}
