@@ -57,7 +57,8 @@ type State interface {
 	Apply(Block) (State, []Result)
 	// Get returns the value of a key, nil when it is absent, and a proof of either.
 	Get(key string) (value, proof []byte)
-	// Changes lists the keys that differ from an older state, with a nil value for those that are gone.
+	// Changes lists the keys that differ from an older state, with a nil value for those that are gone. A nil state is
+	// the empty one. It may list keys that Root does not cover, for Load.
 	Changes(since State) iter.Seq2[string, []byte]
 }
 
