@@ -552,10 +552,7 @@ func (b *batch) assign(id contract.ID) {
 	}
 	for _, a := range old.Current {
 		if !slices.ContainsFunc(next.Current, func(n Assignment) bool { return n.Workload == a.Workload }) {
-			if next.Past == nil {
-				next.Past = map[string]uint64{}
-			}
-			next.Past[string(a.Workload[:])] = a.Epoch
+			next.Past = append(slices.DeleteFunc(slices.Clone(next.Past), func(p PastEpoch) bool { return p.Workload == a.Workload }), PastEpoch{a.Workload, a.Epoch})
 		}
 	}
 	b.index(id, old, next)
@@ -580,7 +577,7 @@ func (b *batch) place(id contract.ID, h *contract.Header, old *Assignments) []As
 				a.Epoch, a.Node, a.Height, a.Reason = old.Current[j].Epoch, old.Current[j].Node, old.Current[j].Height, old.Current[j].Reason
 				w.Current = a.Node
 			} else {
-				a.Epoch = old.Past[string(a.Workload[:])]
+				a.Epoch = old.past(a.Workload)
 			}
 			for _, name := range s.Volumes {
 				if v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name))); err == nil && !v.Node.IsZero() {

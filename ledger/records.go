@@ -207,7 +207,22 @@ type Assignment struct {
 type Assignments struct {
 	Revision contract.RevisionID `cbor:"1,keyasint"`
 	Current  []Assignment        `cbor:"2,keyasint,omitempty"`
-	Past     map[string]uint64   `cbor:"3,keyasint,omitempty"` // raw WorkloadID → highest epoch
+	Past     []PastEpoch         `cbor:"3,keyasint,omitempty"`
+}
+
+// PastEpoch is the highest epoch of a workload that is no longer wanted.
+type PastEpoch struct {
+	Workload contract.WorkloadID `cbor:"1,keyasint"`
+	Epoch    uint64              `cbor:"2,keyasint"`
+}
+
+func (a *Assignments) past(w contract.WorkloadID) uint64 {
+	for _, p := range a.Past {
+		if p.Workload == w {
+			return p.Epoch
+		}
+	}
+	return 0
 }
 
 // Route leads a host name to a service of a contract.

@@ -63,7 +63,10 @@ func (n *trieNode) get(key string) ([]byte, bool) {
 	kh := sha256.Sum256([]byte(key))
 	for d := 0; n != nil; d++ {
 		if n.leaf {
-			return n.value, n.keyHash == kh
+			if n.keyHash != kh {
+				return nil, false
+			}
+			return n.value, true
 		}
 		if bit(&kh, d) == 0 {
 			n = n.left
