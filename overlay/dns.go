@@ -20,7 +20,7 @@ import (
 const (
 	dnsMax      = 4096 // bytes of a message, both ways
 	dnsPlain    = 512  // bytes of an answer to who did not say that he takes more
-	dnsAtOnce   = 64   // queries being answered, and open TCP connections
+	dnsAtOnce   = 8    // forwarded queries and TCP connections, per workload
 	dnsTTL      = 2    // seconds: workloads move
 	dnsPatience = 5 * time.Second
 )
@@ -79,7 +79,7 @@ func (s *server) serve(ctx context.Context, packets net.PacketConn, streams net.
 		streams.Close()
 	})
 	defer stop()
-	slots := make(chan struct{}, dnsAtOnce)
+	slots := slots{used: make(map[netip.Addr]int)}
 	all.Go(func() {
 		for {
 			c, err := streams.Accept()
@@ -89,16 +89,16 @@ func (s *server) serve(ctx context.Context, packets net.PacketConn, streams net.
 			if err != nil {
 				continue
 			}
-			select {
-			case slots <- struct{}{}:
-				all.Go(func() {
-					defer func() { <-slots }()
-					defer c.Close()
-					s.stream(ctx, c)
-				})
-			default:
+			who := source(c.RemoteAddr())
+			if !slots.take(who) {
 				c.Close()
+				continue
 			}
+			all.Go(func() {
+				defer slots.release(who)
+				defer c.Close()
+				s.stream(ctx, c)
+			})
 		}
 	})
 	for {
@@ -118,16 +118,38 @@ func (s *server) serve(ctx context.Context, packets net.PacketConn, streams net.
 			continue
 		}
 		// Only forwarding waits for others, so only it needs a slot. A query that finds none is lost, as UDP allows.
-		select {
-		case slots <- struct{}{}:
+		if who := source(from); slots.take(who) {
 			all.Go(func() {
-				defer func() { <-slots }()
+				defer slots.release(who)
 				if reply := s.ask(ctx, "udp", query[:size]); reply != nil {
 					packets.WriteTo(reply, from)
 				}
 			})
-		default:
 		}
+	}
+}
+
+// slots limits what one workload keeps the server busy with. Its address is pinned, so it cannot pose as many.
+type slots struct {
+	mu   sync.Mutex
+	used map[netip.Addr]int
+}
+
+func (s *slots) take(who netip.Addr) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.used[who] >= dnsAtOnce {
+		return false
+	}
+	s.used[who]++
+	return true
+}
+
+func (s *slots) release(who netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.used[who]--; s.used[who] == 0 {
+		delete(s.used, who)
 	}
 }
 

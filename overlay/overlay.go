@@ -24,7 +24,8 @@
 // DNS (RFC 1035, UDP and TCP port 53) listens inside NET on the node's own address and answers that network's workloads
 // only: AAAA of the names given by SetNames, no data for other types, NXDOMAIN for other names, or the node's resolvers'
 // answer if the asking workload has egress. Names are matched without regard to case. Limits: one question a message,
-// 4096 bytes a message, 64 queries at a time.
+// 4096 bytes a message, 8 TCP connections and forwarded
+// queries of a workload at a time.
 package overlay
 
 import (
