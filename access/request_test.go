@@ -36,7 +36,9 @@ func TestRequestIsBoundToWhatItAsks(t *testing.T) {
 		t.Fatalf("control: %v", err)
 	}
 	for name, f := range map[string]func() (*http.Request, [32]byte, time.Time){
-		"without a proof": func() (*http.Request, [32]byte, time.Time) { return request("PUT", "https://x/v1/blob/aa"), server, now },
+		"without a proof": func() (*http.Request, [32]byte, time.Time) {
+			return request("PUT", "https://x/v1/blob/aa"), server, now
+		},
 		"another path": func() (*http.Request, [32]byte, time.Time) {
 			r := request("PUT", "https://x/v1/blob/bb?b=1")
 			r.Header = signed().Header
