@@ -260,6 +260,9 @@ func (c *Client) accept(ctx context.Context, s *server, base *block, h head) (*b
 	}); err != nil {
 		return nil, err
 	}
+	if ahead := b.Time.Sub(now); ahead > c.chain.drift {
+		return nil, fmt.Errorf("%w: header %d is %v in the future", ErrProof, b.Height, ahead.Round(time.Second))
+	}
 	if age := now.Sub(b.Time); age > c.c.MaxAge {
 		return nil, fmt.Errorf("%w: header %d is %v old", ErrStale, b.Height, age.Round(time.Second))
 	}

@@ -230,14 +230,18 @@ func TestOneValidatorFromSubmitToProvenRead(t *testing.T) {
 		"a used id in another transaction is refused":   {"t7:a=8|good", true, 0},
 		"a transaction that fails in its block is told": {"x3:late=1|good", false, 3},
 		"and so when it is sent again":                  {"x3:late=1|good", false, 3},
-		"an empty value is not an absent one":           {"x4:empty=|good", false, 0},
+		"an empty value is written":                     {"x4:empty=|good", false, 0},
 	} {
 		r, err := c.Submit(ctx, []byte(step.tx))
 		if errors.Is(err, ErrRefused) != step.refused || err != nil && !step.refused || r.Code != step.code {
 			t.Errorf("%s: %+v, %v", name, r, err)
 		}
 	}
-	view, err = c.Read(ctx, "empty", "nothing")
+	last, err := c.Submit(ctx, []byte("x5:last=1|good"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	view, err = c.ReadAt(ctx, last.Height, "empty", "nothing")
 	if err != nil {
 		t.Fatal(err)
 	}
