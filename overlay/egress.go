@@ -19,6 +19,10 @@ const (
 	uplinkOuter = "hf-" // + name
 	slotGateway = 1
 	slotNet     = 62
+
+	// Connections that one workload may have through the node. The node's connection tracking table is its own lifeline.
+	egressFlows = 4096
+	egressRate  = 512 // new ones a second, after the first egressFlows: closed ones are kept for ten seconds
 )
 
 var (

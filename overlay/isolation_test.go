@@ -344,13 +344,10 @@ func TestScanFindsNothing(t *testing.T) {
 	for _, addr := range []netip.Addr{b.v6, b.v4} {
 		listen(t, b.ns, netip.AddrPortFrom(addr, 22), "planted")
 	}
-	if !soon(5*time.Second, func() bool {
-		c, err := sys.Listen(t.Context(), 443)
-		if err == nil {
-			c.Close()
-		}
-		return err == nil
-	}) {
+	open, err := sys.Listen(t.Context(), 443)
+	must(t, err)
+	defer open.Close()
+	if !soon(5*time.Second, func() bool { return sys.Status() != nil }) {
 		t.Fatal("the system network did not come up")
 	}
 	start := time.Now()
@@ -384,20 +381,10 @@ func TestSystemNetworkAccess(t *testing.T) {
 	allow(1)
 	allow(2, ms[0].cfg.Self)
 	at := func(i int) netip.AddrPort { return netip.AddrPortFrom(ms[i].cfg.Self, 7000) }
-	for i, b := range l.boxes {
-		must(t, func() error {
-			if !soon(5*time.Second, func() bool {
-				c, err := ms[i].Listen(t.Context(), 1)
-				if err == nil {
-					c.Close()
-				}
-				return err == nil
-			}) {
-				return fmt.Errorf("box %d did not come up", i)
-			}
-			return nil
-		}())
-		listen(t, b.ns, at(i), "sys")
+	for _, m := range ms {
+		ln, err := m.Listen(t.Context(), 7000)
+		must(t, err)
+		serve(t, ln, "sys")
 	}
 	kept, err := greet(l.boxes[1].ns, at(0), "sys", 5*time.Second)
 	must(t, err)
@@ -453,12 +440,13 @@ func TestEgress(t *testing.T) {
 	free := attachAddr("out", "free")
 	rule := func(p string) Egress { return Egress{Prefix: netip.MustParsePrefix(p), Proto: "tcp", Port: 443} }
 	// He is allowed everything that a contract can name; what is refused is refused all the same.
-	must(t, m.SetEgress(map[netip.Addr][]Egress{free: {rule("::/0"), rule("0.0.0.0/0"), rule("10.0.0.0/8"), rule("fc00::/7")}}))
+	must(t, m.SetEgress(map[netip.Addr][]Egress{free: {rule("::/0"), rule("0.0.0.0/0"), rule("10.0.0.0/8"), rule("fc00::/7")}, attachAddr("out", "free2"): {rule("::/0")}}))
 	pf, _ := m.attach("free")
 	pc, _ := m.attach("captive")
 	must(t, soonReachable(pf, netip.AddrPortFrom(site6, 443)))
 	must(t, soonReachable(pf, netip.AddrPortFrom(site4, 443)))
 	must(t, soonReachable(pf, netip.AddrPortFrom(l.boxes[1].v6, 443)))
+	var flood [][]byte
 	mac, router := macs("free")
 	lan := sniff(t, l.router, "")
 	captiveMAC, captiveRouter := macs("captive")
@@ -503,6 +491,39 @@ func TestEgress(t *testing.T) {
 	}
 	if lan.count(func(f []byte) bool { return len(f) > 54 && f[12] == 0x86 && f[22] == 0xfd }) > 0 {
 		t.Error("a private source was on the wire")
+	}
+	// A flood of connections ends at the limit, whether they stay half open or are closed at once.
+	for _, c := range []struct {
+		name, id string
+		dst      netip.Addr
+	}{{"half open", "free", site6.Next()}, {"closed", "free2", site6}} {
+		name, dst, src := c.name, c.dst, attachAddr("out", c.id)
+		ns, _ := m.attach(c.id)
+		mac, router := macs(c.id)
+		for i := range 2 * egressFlows {
+			f := frame(mac, router, src, dst, unix.IPPROTO_TCP, 443, nil)
+			binary.BigEndian.PutUint16(f[54:], uint16(20000+i))
+			binary.BigEndian.PutUint16(f[70:], 0)
+			pseudo := append(append(append([]byte{}, f[22:54]...), 0, 0, 0, 20, 0, 0, 0, 6), f[54:]...)
+			binary.BigEndian.PutUint16(f[70:], checksum(pseudo))
+			flood = append(flood, f)
+		}
+		syn := func(f []byte) bool {
+			return len(f) >= 74 && f[12] == 0x86 && f[20] == 6 && f[67] == 2 && bytes.Equal(f[38:54], dst.AsSlice())
+		}
+		before := lan.count(syn)
+		start := time.Now()
+		inject(t, ns, "eth0", flood...)
+		took := time.Since(start)
+		flood = nil
+		if !soon(2*time.Second, func() bool { return lan.count(syn)-before > egressFlows/2 }) {
+			t.Errorf("control: %d of a flood, %s, arrived", lan.count(syn)-before, name)
+		}
+		if n, most := lan.count(syn)-before, egressFlows+10+int((took.Seconds()+1)*egressRate); n > most {
+			t.Errorf("%d connections, %s, got out", n, name)
+		} else {
+			t.Log(n, "connections got out,", name)
+		}
 	}
 	// No rule, no path.
 	must(t, m.SetEgress(nil))

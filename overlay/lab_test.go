@@ -248,6 +248,11 @@ func listen(t testing.TB, ns string, at netip.AddrPort, greeting string) net.Lis
 		l, err = new(net.ListenConfig).Listen(context.Background(), "tcp", at.String())
 		return err
 	}))
+	serve(t, l, greeting)
+	return l
+}
+
+func serve(t testing.TB, l net.Listener, greeting string) {
 	t.Cleanup(func() { l.Close() })
 	go func() {
 		for {
@@ -262,7 +267,6 @@ func listen(t testing.TB, ns string, at netip.AddrPort, greeting string) net.Lis
 			}()
 		}
 	}()
-	return l
 }
 
 func dial(ns string, at netip.AddrPort, timeout time.Duration) (c net.Conn, err error) {

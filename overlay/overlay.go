@@ -41,7 +41,10 @@ import (
 	"regexp"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Prefix returns the /48 of a network.
@@ -255,9 +258,11 @@ func (n *Network) Run(ctx context.Context) (err error) {
 	}
 
 	have := make(map[[32]byte]Peer)
-	var uncalled []Peer
-	calling := time.NewTimer(0)
-	defer calling.Stop()
+	var greetings []greeting
+	greet := time.NewTimer(0)
+	defer greet.Stop()
+	again := time.NewTimer(0)
+	defer again.Stop()
 	resync := time.NewTicker(30 * time.Second)
 	defer resync.Stop()
 	for {
@@ -271,17 +276,16 @@ func (n *Network) Run(ctx context.Context) (err error) {
 			}
 			have = want
 		}
-		for _, p := range fresh {
-			if err := wire.bind.knock(p); err != nil {
-				n.log.Debug("peer", "error", err) // the handshake will try again, and go on trying
-			}
+		if greetings, err = wire.greet(n.public, greetings, fresh, time.Now()); err != nil {
+			n.log.Debug("greet", "error", err) // the handshake goes on trying
 		}
-		if len(fresh) > 0 {
-			uncalled = append(uncalled, fresh...)
-			calling.Reset(headStart)
+		if len(greetings) > 0 {
+			greet.Reset(headStart / 2)
 		}
 		if err := n.reconcile(egress); err != nil {
-			return err
+			// The tunnel goes on; half of the peers' trouble would be made by taking it down.
+			n.log.Warn("reconcile", "error", err)
+			again.Reset(time.Second)
 		}
 		select {
 		case <-ctx.Done():
@@ -289,11 +293,16 @@ func (n *Network) Run(ctx context.Context) (err error) {
 		case <-wire.Wait():
 			return errors.New("wireguard ended by itself")
 		case <-n.wake:
-		case <-calling.C:
-			if err := wire.IpcSet(call(uncalled)); err != nil {
-				return fmt.Errorf("call peers: %w", err)
+		case now := <-greet.C:
+			met := make(map[[32]byte]bool)
+			for _, p := range n.Status() {
+				met[p.PublicKey] = !p.Handshake.IsZero()
 			}
-			uncalled = nil
+			plan, greetings = planGreetings(n.public, greetings, have, func(key [32]byte) bool { return met[key] }, now)
+			if err := wire.IpcSet(plan); err != nil {
+				return fmt.Errorf("greet peers: %w", err)
+			}
+		case <-again.C:
 		case <-resync.C:
 		}
 	}
@@ -349,9 +358,15 @@ func (n *Network) Dial(ctx context.Context, to netip.AddrPort) (c net.Conn, err 
 }
 
 // Listen opens a TCP listener on the node's own address in the network. Only on a system network can others reach it,
-// as far as the Firewall's Access lets them.
+// as far as the Firewall's Access lets them. It may be called before Run, and outlives it.
 func (n *Network) Listen(ctx context.Context, port uint16) (l net.Listener, err error) {
-	var lc net.ListenConfig
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		// The address comes and goes with the tunnel.
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1) }); e != nil {
+			return e
+		}
+		return err
+	}}
 	err = within(n.tunNS(), func() (err error) {
 		l, err = lc.Listen(ctx, "tcp6", netip.AddrPortFrom(n.cfg.Self, port).String())
 		return err

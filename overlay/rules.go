@@ -97,7 +97,8 @@ func pin(p place, addr netip.Addr) nftables.SetElement {
 // replaceRules sets what passes through NET. It runs in NET.
 //
 //	pin:     from a workload only with its own MAC and address; from the tunnel only the network's addresses;
-//	         from the uplink anything, which forward then wants to be an answer
+//	         from the uplink anything, which forward then wants to be an answer. What stays inside the network, and
+//	         DNS, is not tracked, so that a flood of connections fills no table
 //	input:   from workloads DNS, echo and neighbour solicitation, from the tunnel echo, and answers to Dial
 //	forward: between workloads and the tunnel, never from tunnel to tunnel; out only by rule
 func (n *Network) replaceRules(places []place, egress map[netip.Addr][]Egress) error {
@@ -122,10 +123,21 @@ func (n *Network) replaceRules(places []place, egress map[netip.Addr][]Egress) e
 
 		rule := r.chain("pin", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyDrop)
 		rule(iif("lo"), accept())
-		rule(iif(n.tunName()), from(n.prefix), accept())
+		rule(iif(n.tunName()), from(n.prefix), self, accept())
+		rule(iif(n.tunName()), from(n.prefix), inside, notrack(), accept())
 		rule(iif(uplinkInner), accept())
+		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+			rule(pins6, self, l4(proto), dport(53), notrack(), accept())
+		}
+		rule(pins6, self, accept())
+		rule(pins6, inside, notrack(), accept())
 		rule(pins6, accept())
 		rule(pins4, accept())
+
+		rule = r.chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
+		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+			rule(oif("w*"), from(netip.PrefixFrom(n.cfg.Self, 128)), l4(proto), sport(53), notrack())
+		}
 
 		rule = r.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 		rule(iif("lo"), accept())
@@ -145,6 +157,10 @@ func (n *Network) replaceRules(places []place, egress map[netip.Addr][]Egress) e
 			rule(oif(uplinkInner), to(p), drop())
 		}
 		for _, p := range places {
+			if len(egress[p.Addr]) > 0 {
+				rule(iif(linkName(p.ID)), oif(uplinkInner), fresh(), faster(egressRate, egressFlows), drop())
+				rule(iif(linkName(p.ID)), oif(uplinkInner), over(egressFlows), drop())
+			}
 			for _, e := range egress[p.Addr] {
 				source := p.Addr
 				if e.Prefix.Addr().Is4() {
@@ -276,6 +292,28 @@ func answers() []expr.Any {
 func replies() []expr.Any {
 	const reply = 1 // IP_CT_DIR_REPLY
 	return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, equal(reply)}
+}
+
+func notrack() []expr.Any { return []expr.Any{&expr.Notrack{}} }
+
+// fresh matches the first packet of a connection.
+func fresh() []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: bytes32(expr.CtStateBitNEW), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+	}
+}
+
+// faster matches what exceeds a rate.
+func faster(perSecond uint64, burst uint32) []expr.Any {
+	return []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: perSecond, Unit: expr.LimitTimeSecond, Burst: burst, Over: true}}
+}
+
+// over matches a packet of one connection more than count.
+func over(count uint32) []expr.Any {
+	const invert = 1 // NFT_CONNLIMIT_F_INV
+	return []expr.Any{&expr.Connlimit{Count: count, Flags: invert}}
 }
 
 func bytes32(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }

@@ -143,6 +143,10 @@ func (n *Network) configureTun() error {
 		return fmt.Errorf("set mtu of %s: %w", n.tunName(), err)
 	}
 	if n.cfg.InMain {
+		// Without its tunnel the network is nowhere: its packets must not take the node's default route in the clear.
+		if err := addRoute(netlink.Route{Dst: ipNet(n.prefix), Type: unix.RTN_BLACKHOLE, Priority: 1 << 20}); err != nil {
+			return err
+		}
 		if err := addAddr(link, netip.PrefixFrom(n.cfg.Self, 128)); err != nil {
 			return err
 		}
@@ -167,14 +171,59 @@ func (n *Network) tunNS() string {
 	return netPath(n.cfg.Dir, n.cfg.Name)
 }
 
-// headStart is how long a node leaves the first handshake with a peer to the peer: two that cross would
-// cancel each other, and both would wait five seconds. The side with the lower key begins.
+// Two first handshakes that cross cancel each other, and WireGuard tries again only after five seconds. So the side
+// with the lower key begins, and the other only knocks, and begins itself if nothing came for a headStart. Workloads that
+// are already sending can make both begin at once all the same; then the lower side begins again, ever less often.
 const headStart = 250 * time.Millisecond
 
+// A greeting is a first handshake that may need help.
+type greeting struct {
+	peer Peer
+	due  time.Time
+	gap  time.Duration // until the next try; 0 for the side that does not begin
+}
+
+// greet starts the greetings of new peers, and returns the list of all.
+func (w *wire) greet(self [32]byte, list []greeting, fresh []Peer, now time.Time) ([]greeting, error) {
+	for _, p := range fresh {
+		g := greeting{peer: p, due: now.Add(headStart)}
+		if compareKeys(self, p.PublicKey) < 0 {
+			g.gap = 2 * headStart
+			g.due = now.Add(g.gap)
+		} else if err := w.bind.knock(p); err != nil {
+			return list, err
+		}
+		list = append(list, g)
+	}
+	return list, nil
+}
+
+// planGreetings says what the greetings that are due need. It is pure.
+func planGreetings(self [32]byte, list []greeting, current map[[32]byte]Peer, done func(key [32]byte) bool, now time.Time) (plan string, rest []greeting) {
+	for _, g := range list {
+		switch peer, ok := current[g.peer.PublicKey]; {
+		case !ok || done(g.peer.PublicKey) && g.gap > 0:
+		case now.Before(g.due):
+			rest = append(rest, g)
+		case g.gap == 0:
+			// This also turns the keepalive on, if the other side did begin.
+			plan += fmt.Sprintf("public_key=%x\nupdate_only=true\npersistent_keepalive_interval=%d\n", g.peer.PublicKey, keepalive)
+		default:
+			// Only a new peer may begin at once. There is no session yet that this could end.
+			again, _ := planPeers(self, nil, map[[32]byte]Peer{peer.PublicKey: peer})
+			plan += fmt.Sprintf("public_key=%x\nremove=true\n", peer.PublicKey) + again
+			if g.gap *= 2; g.gap <= 8*headStart {
+				rest = append(rest, greeting{peer, now.Add(g.gap), g.gap})
+			}
+		}
+	}
+	return plan, rest
+}
+
 // planPeers says in WireGuard's configuration protocol how to get from one set of peers to another without touching
-// what is in both, and which new peers were not called yet. An address that changes hands is given to its new peer
+// what is in both, and which peers are new. An address that changes hands is given to its new peer
 // before the old one is told to drop it, so that no packet finds it without an owner.
-func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, uncalled []Peer) {
+func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, fresh []Peer) {
 	var gone, set, drop strings.Builder
 	keys := make([][32]byte, 0, len(have)+len(want))
 	for key := range have {
@@ -212,8 +261,9 @@ func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, uncall
 			fmt.Fprintf(&lines, "persistent_keepalive_interval=0\npersistent_keepalive_interval=%d\n", keepalive)
 		case !had && compareKeys(self, key) < 0:
 			fmt.Fprintf(&lines, "persistent_keepalive_interval=%d\n", keepalive)
-		case !had:
-			uncalled = append(uncalled, peer)
+		}
+		if !had {
+			fresh = append(fresh, peer)
 		}
 		if lines.Len() > 0 {
 			fmt.Fprintf(&set, "public_key=%x\n", key)
@@ -228,7 +278,7 @@ func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, uncall
 			}
 		}
 	}
-	return set.String() + drop.String() + gone.String(), uncalled
+	return set.String() + drop.String() + gone.String(), fresh
 }
 
 func compareKeys(a, b [32]byte) int { return slices.Compare(a[:], b[:]) }
@@ -244,15 +294,6 @@ func (b *bind) knock(p Peer) error {
 		return fmt.Errorf("knock at %v: %w", p.Endpoint, err)
 	}
 	return b.Send([][]byte{{0}}, to)
-}
-
-// call starts the handshakes that planPeers left to the other side, where it is still needed.
-func call(peers []Peer) string {
-	var b strings.Builder
-	for _, p := range peers {
-		fmt.Fprintf(&b, "public_key=%x\nupdate_only=true\npersistent_keepalive_interval=%d\n", p.PublicKey, keepalive)
-	}
-	return b.String()
 }
 
 // checkPeers indexes the peers and refuses what could not be meant: addresses outside the network, or with two owners.
