@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
@@ -150,7 +151,7 @@ func (s *session) close(err error) {
 		s.mu.Unlock()
 		return
 	}
-	s.err = err
+	s.err = cmp.Or(err, errTunnelEnded)
 	close(s.die)
 	streams := s.streams
 	s.streams = nil

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -82,9 +81,10 @@ type Origin struct {
 	conns  chan net.Conn // to the HTTP server
 	wake   chan struct{} // one token: edges changed
 	copies copyPool
-	active sync.WaitGroup // connections handed to the HTTP server
 
 	mu       sync.Mutex
+	busy     int        // connections handed to the HTTP server, and requests at work
+	quiet    *sync.Cond // on mu: busy is 0
 	edges    []EdgeInfo
 	links    map[EdgeInfo]*link
 	services map[Claim]*served
@@ -128,7 +128,7 @@ func NewOrigin(cfg OriginConfig) (*Origin, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		}
 	}
-	return &Origin{
+	o := &Origin{
 		cfg:      cfg,
 		log:      cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)),
 		conns:    make(chan net.Conn),
@@ -136,7 +136,24 @@ func NewOrigin(cfg OriginConfig) (*Origin, error) {
 		links:    make(map[EdgeInfo]*link),
 		services: make(map[Claim]*served),
 		list:     claimList{serial: 1},
-	}, nil
+	}
+	o.quiet = sync.NewCond(&o.mu)
+	return o, nil
+}
+
+// work counts something that Run waits for; done ends it.
+func (o *Origin) work() {
+	o.mu.Lock()
+	o.busy++
+	o.mu.Unlock()
+}
+
+func (o *Origin) done() {
+	o.mu.Lock()
+	if o.busy--; o.busy == 0 {
+		o.quiet.Broadcast()
+	}
+	o.mu.Unlock()
 }
 
 // SetEdges replaces the list of Edges. It may be called at any time.
@@ -200,7 +217,7 @@ func (o *Origin) SetServices(services []Service) error {
 	o.mu.Unlock()
 	// Each reset may wait for its tunnel; a service that ended must not wait for one that is stuck.
 	for _, st := range cut {
-		o.active.Go(func() { st.reset(resetSuperseded) })
+		go st.reset(resetSuperseded)
 	}
 	return errors.Join(errs...)
 }
@@ -223,7 +240,7 @@ func (o *Origin) newServed(claim Claim) *served {
 	}
 	s.proxy = &httputil.ReverseProxy{
 		Transport:    s.transport,
-		Rewrite:      rewrite,
+		Rewrite:      s.rewrite,
 		BufferPool:   &o.copies,
 		ErrorLog:     slog.NewLogLogger(o.log.Handler(), slog.LevelDebug),
 		ErrorHandler: o.badGateway,
@@ -280,9 +297,11 @@ func (o *Origin) Run(ctx context.Context) error {
 	defer func() {
 		server.Close()
 		<-served
-		o.active.Wait()
 		o.mu.Lock()
 		defer o.mu.Unlock()
+		for o.busy > 0 {
+			o.quiet.Wait()
+		}
 		for _, s := range o.services {
 			s.transport.CloseIdleConnections()
 		}
@@ -386,17 +405,20 @@ func (l *link) connect(ctx context.Context) error {
 
 // writeClaims sends the list of claims, and again whenever it changes.
 func (l *link) writeClaims(s *session) error {
-	for {
+	for serial := uint64(0); ; {
 		l.origin.mu.Lock()
-		l.sent, l.acked = l.origin.list, false
-		list := l.sent
+		list := l.origin.list
+		l.sent = list
 		l.origin.mu.Unlock()
-		message, err := list.encode()
-		if err != nil {
-			return err
-		}
-		if err := writeMessage(s.control, message); err != nil {
-			return err
+		if list.serial != serial { // a token may be left of a list that was sent already
+			serial = list.serial
+			message, err := list.encode()
+			if err != nil {
+				return err
+			}
+			if err := writeMessage(s.control, message); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-s.die:
@@ -454,7 +476,7 @@ func (o *Origin) accept(st *stream) {
 	s, ok := o.services[st.header.claim]
 	if ok {
 		s.conns[st] = struct{}{}
-		o.active.Add(1)
+		o.busy++
 	}
 	o.mu.Unlock()
 	if !ok {
@@ -467,7 +489,7 @@ func (o *Origin) accept(st *stream) {
 			o.mu.Lock()
 			delete(s.conns, st)
 			o.mu.Unlock()
-			o.active.Done()
+			o.done()
 		})
 	}}
 	select {
@@ -508,8 +530,8 @@ func connContext(ctx context.Context, conn net.Conn) context.Context {
 
 // serveHTTP answers one request.
 func (o *Origin) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	o.active.Add(1)
-	defer o.active.Done()
+	o.work()
+	defer o.done()
 	s := r.Context().Value(servedKey{}).(*served)
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {
@@ -541,10 +563,10 @@ func plain(w http.ResponseWriter, code int, text string) {
 }
 
 // rewrite makes the request that the workload sees.
-func rewrite(r *httputil.ProxyRequest) {
+func (s *served) rewrite(r *httputil.ProxyRequest) {
 	cleanHeader(r.Out.Header)
 	r.Out.URL.Scheme = "http"
-	r.Out.URL.Host = r.In.Host // names the pool; Service.Dial knows the way
+	r.Out.URL.Host = s.claim.Host // names the pool; Service.Dial knows the way
 	r.Out.Host = r.In.Host
 	// As sent, not as net/url would put it: the workload parses it itself.
 	r.Out.URL.RawQuery = r.In.URL.RawQuery
@@ -587,8 +609,6 @@ func (p *copyPool) Get() []byte {
 }
 
 func (p *copyPool) Put(b []byte) { p.pool.Put((*[32 << 10]byte)(b)) }
-
-var _ io.ReaderFrom = (*stream)(nil)
 
 // OriginStatus is what an Origin sees, for people and JSON.
 type OriginStatus struct {
