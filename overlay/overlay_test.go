@@ -490,3 +490,36 @@ func TestRunLeavesNothing(t *testing.T) {
 		}
 	}
 }
+
+func TestPlanGreetings(t *testing.T) {
+	low, high := Peer{PublicKey: [32]byte{1}}, Peer{PublicKey: [32]byte{9}}
+	self := [32]byte{5}
+	have := map[[32]byte]Peer{low.PublicKey: low, high.PublicKey: high}
+	at := time.Unix(1000, 0)
+	for _, c := range []struct {
+		name    string
+		list    []greeting
+		current map[[32]byte]Peer
+		met     bool
+		plan    []string
+		rest    int
+	}{
+		{"nothing is due", []greeting{{low, at.Add(1), 0}, {high, at.Add(1), headStart}}, have, false, nil, 2},
+		{"the peer did not begin", []greeting{{low, at, 0}}, have, false, []string{"update_only=true", "persistent_keepalive_interval=20"}, 0},
+		{"the peer did begin", []greeting{{low, at, 0}}, have, true, []string{"persistent_keepalive_interval=20"}, 0},
+		{"no answer yet", []greeting{{high, at, 2 * headStart}}, have, false, []string{"remove=true", "persistent_keepalive_interval=20"}, 1},
+		{"no answer for long", []greeting{{high, at, 8 * headStart}}, have, false, []string{"remove=true", "persistent_keepalive_interval=20"}, 0},
+		{"an answer", []greeting{{high, at.Add(time.Hour), 2 * headStart}}, have, true, nil, 0},
+		{"the peer is gone", []greeting{{low, at, 0}, {high, at, headStart}}, nil, false, nil, 0},
+	} {
+		plan, rest := planGreetings(self, c.list, c.current, func([32]byte) bool { return c.met }, at)
+		if len(rest) != c.rest || (plan == "") != (c.plan == nil) {
+			t.Errorf("%s: plan %q, rest %d", c.name, plan, len(rest))
+		}
+		for _, want := range c.plan {
+			if !strings.Contains(plan, want) {
+				t.Errorf("%s: plan %q", c.name, plan)
+			}
+		}
+	}
+}

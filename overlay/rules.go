@@ -19,6 +19,17 @@ const tableName = "holdfast"
 type ruleset struct {
 	conn  *nftables.Conn
 	table *nftables.Table
+	sets  uint32
+}
+
+// set adds a set. Its ID is unique in the transaction, as it must be; the library would count in a global without a lock.
+func (r *ruleset) set(s *nftables.Set, elements []nftables.SetElement) error {
+	r.sets++
+	s.Table, s.ID = r.table, r.sets
+	if err := r.conn.AddSet(s, elements); err != nil {
+		return fmt.Errorf("add set %s: %w", s.Name, err)
+	}
+	return nil
 }
 
 // replaceTable builds our table anew in the thread's namespace.
@@ -50,11 +61,11 @@ func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.Cha
 // pins adds the set of (interface, source MAC, source address) of all attachments, and returns the match for it.
 func (r *ruleset) pins(name string, addr nftables.SetDatatype, elements []nftables.SetElement) ([]expr.Any, error) {
 	set := &nftables.Set{
-		Table: r.table, Name: name, Concatenation: true,
+		Name: name, Concatenation: true,
 		KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, addr),
 	}
-	if err := r.conn.AddSet(set, elements); err != nil {
-		return nil, fmt.Errorf("add set %s: %w", name, err)
+	if err := r.set(set, elements); err != nil {
+		return nil, err
 	}
 	proto, offset := byte(unix.NFPROTO_IPV6), uint32(8)
 	if addr.Bytes == 4 {
@@ -71,7 +82,7 @@ func (r *ruleset) pins(name string, addr nftables.SetDatatype, elements []nftabl
 
 // sources adds a set of addresses and returns the match for packets from one of them.
 func (r *ruleset) sources(name string, addrs []netip.Addr) ([]expr.Any, error) {
-	set := &nftables.Set{Table: r.table, Name: name, KeyType: nftables.TypeIP6Addr}
+	set := &nftables.Set{Name: name, KeyType: nftables.TypeIP6Addr}
 	var elements []nftables.SetElement
 	for _, a := range addrs {
 		if !a.Is6() {
@@ -79,8 +90,8 @@ func (r *ruleset) sources(name string, addrs []netip.Addr) ([]expr.Any, error) {
 		}
 		elements = append(elements, nftables.SetElement{Key: a.AsSlice()})
 	}
-	if err := r.conn.AddSet(set, elements); err != nil {
-		return nil, fmt.Errorf("add set %s: %w", name, err)
+	if err := r.set(set, elements); err != nil {
+		return nil, err
 	}
 	return slices.Concat(family(unix.NFPROTO_IPV6), []expr.Any{
 		&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16, DestRegister: 1},
