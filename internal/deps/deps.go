@@ -30,6 +30,7 @@ import (
 	_ "github.com/vishvananda/netlink"
 	_ "github.com/vishvananda/netns"
 	_ "github.com/xtaci/smux"
+	_ "go.yaml.in/yaml/v3"
 	_ "golang.org/x/crypto/xts"
 	_ "golang.org/x/net/dns/dnsmessage"
 	_ "golang.org/x/net/http2"
@@ -38,5 +39,4 @@ import (
 	_ "golang.org/x/term"
 	_ "golang.org/x/time/rate"
 	_ "golang.zx2c4.com/wireguard/device"
-	_ "go.yaml.in/yaml/v3"
 )

@@ -1,0 +1,457 @@
+package sandbox
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+// Limits of an image. The size that it unpacks to is Config.Image.
+const (
+	maxManifest = 4 << 20
+	maxConfig   = 4 << 20
+	maxLayers   = 127
+	maxEntries  = 1 << 20
+	maxPath     = 4096
+	maxDepth    = 128
+	maxXattrs   = 64 << 10
+)
+
+// ErrImage is returned for an image that is not what its digest says, or that no honest builder makes.
+var ErrImage = errors.New("image refused")
+
+// Blobs gives an image's blobs by digest ("sha256:…"). What it gives is verified here.
+type Blobs interface {
+	Open(ctx context.Context, digest string) (io.ReadCloser, error)
+}
+
+// Image is an unpacked image.
+type Image struct {
+	Manifest   string   // digest
+	Layers     []string // SHA-256 of each layer's tar in hexadecimal, lowest first
+	Entrypoint []string
+	Cmd        []string
+	Env        []string
+	User       string
+	WorkingDir string
+}
+
+// Unpack makes an image ready. Each blob must have its digest and size, each layer its diffID; what is wrong is refused
+// and leaves nothing. Layers that are there already are used again.
+func (r *Runner) Unpack(ctx context.Context, blobs Blobs, manifest string) (Image, error) {
+	img, err := r.unpack(ctx, blobs, manifest)
+	if err != nil {
+		return Image{}, fmt.Errorf("unpack %s: %w", manifest, err)
+	}
+	return img, nil
+}
+
+func (r *Runner) unpack(ctx context.Context, blobs Blobs, manifest string) (Image, error) {
+	raw, err := readBlob(ctx, blobs, manifest, maxManifest)
+	if err != nil {
+		return Image{}, err
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return Image{}, fmt.Errorf("%w: manifest: %w", ErrImage, err)
+	}
+	raw, err = readBlob(ctx, blobs, string(m.Config.Digest), maxConfig)
+	if err != nil {
+		return Image{}, fmt.Errorf("config: %w", err)
+	}
+	var c ocispec.Image
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return Image{}, fmt.Errorf("%w: config: %w", ErrImage, err)
+	}
+	if n := len(m.Layers); n == 0 || n > maxLayers || n != len(c.RootFS.DiffIDs) {
+		return Image{}, fmt.Errorf("%w: %d layers and %d diffIDs", ErrImage, n, len(c.RootFS.DiffIDs))
+	}
+	if (c.OS != "" && c.OS != "linux") || (c.Architecture != "" && c.Architecture != "amd64") {
+		return Image{}, fmt.Errorf("%w: it is for %s/%s, this machine is linux/amd64", ErrImage, c.OS, c.Architecture)
+	}
+	img := Image{Manifest: manifest, Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd, Env: c.Config.Env, User: c.Config.User, WorkingDir: c.Config.WorkingDir}
+	room := r.cfg.Image
+	for i, l := range m.Layers {
+		id, err := digestHex(string(c.RootFS.DiffIDs[i]))
+		if err != nil {
+			return Image{}, fmt.Errorf("%w: diffID of layer %d: %w", ErrImage, i, err)
+		}
+		n, err := r.layer(ctx, blobs, l, id, room)
+		if err != nil {
+			return Image{}, fmt.Errorf("layer %d: %w", i, err)
+		}
+		room -= n
+		img.Layers = append(img.Layers, id)
+	}
+	return img, nil
+}
+
+func digestHex(d string) (string, error) {
+	h, ok := strings.CutPrefix(d, "sha256:")
+	if !ok || len(h) != 64 || strings.Trim(h, "0123456789abcdef") != "" {
+		return "", fmt.Errorf("%q is not a sha256 digest", d)
+	}
+	return h, nil
+}
+
+func readBlob(ctx context.Context, blobs Blobs, digest string, limit int64) ([]byte, error) {
+	want, err := digestHex(digest)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrImage, err)
+	}
+	f, err := blobs.Open(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrImage, digest, limit)
+	}
+	if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != want {
+		return nil, fmt.Errorf("%w: bytes of %s have another digest", ErrImage, digest)
+	}
+	return b, nil
+}
+
+// layer unpacks one layer unless it is there, and returns the bytes that it takes.
+func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor, id string, room int64) (int64, error) {
+	defer r.lock("layer-" + id)()
+	dir := filepath.Join(r.cfg.Dir, "layers", id)
+	var size int64
+	if readJSON(dir+".json", &size) == nil {
+		if size > room {
+			return 0, fmt.Errorf("%w: it unpacks to more than %d bytes", ErrImage, r.cfg.Image)
+		}
+		return size, nil
+	}
+	want, err := digestHex(string(desc.Digest))
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrImage, err)
+	}
+	tmp, err := os.MkdirTemp(mustDir(filepath.Join(r.cfg.Dir, "layers")), ".unpack-*")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return 0, err
+	}
+	f, err := blobs.Open(ctx, string(desc.Digest))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	packed := &counter{r: io.LimitReader(f, desc.Size+1), h: sha256.New()}
+	plain, done, err := decompress(packed)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrImage, err)
+	}
+	defer done()
+	diff := &counter{r: plain, h: sha256.New(), limit: room + room/8 + 64<<20} // headers and padding of the tar come on top
+	if size, err = untar(ctx, diff, tmp, room); err != nil {
+		return 0, err
+	}
+	// What follows the tar's end counts for both digests.
+	for _, c := range []*counter{diff, packed} {
+		if _, err := io.Copy(io.Discard, c); err != nil {
+			return 0, fmt.Errorf("%w: %w", ErrImage, err)
+		}
+	}
+	switch {
+	case packed.n != desc.Size:
+		return 0, fmt.Errorf("%w: it has %d bytes or more, the manifest says %d", ErrImage, packed.n, desc.Size)
+	case hex.EncodeToString(packed.h.Sum(nil)) != want:
+		return 0, fmt.Errorf("%w: bytes of %s have another digest", ErrImage, desc.Digest)
+	case hex.EncodeToString(diff.h.Sum(nil)) != id:
+		return 0, fmt.Errorf("%w: it unpacks to another diffID than %s", ErrImage, id)
+	}
+	os.RemoveAll(dir) // of a process that died between the rename and the mark
+	if err := os.Rename(tmp, dir); err != nil {
+		return 0, err
+	}
+	return size, writeJSON(dir+".json", size)
+}
+
+func mustDir(d string) string {
+	os.MkdirAll(d, 0o700) // the caller's next call says what is wrong
+	return d
+}
+
+// counter hashes and counts what is read, and fails at its limit.
+type counter struct {
+	r     io.Reader
+	h     hash.Hash
+	n     int64
+	limit int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.h.Write(p[:n])
+	if c.n += int64(n); c.limit > 0 && c.n > c.limit {
+		return n, fmt.Errorf("%w: it unpacks to more than is allowed", ErrImage)
+	}
+	return n, err
+}
+
+// decompress knows gzip and zstd by their first bytes; anything else is a plain tar.
+func decompress(r io.Reader) (io.Reader, func(), error) {
+	head := make([]byte, 4)
+	n, err := io.ReadFull(r, head)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return nil, nil, err
+	}
+	r = io.MultiReader(bytes.NewReader(head[:n]), r)
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(r)
+		if err != nil {
+			return nil, nil, err
+		}
+		return z, func() { z.Close() }, nil
+	case bytes.Equal(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(64<<20), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, nil, err
+		}
+		return z, z.Close, nil
+	}
+	return r, func() {}, nil
+}
+
+// untar unpacks a layer into dir, which nothing in it can leave: every path is resolved beneath dir by the kernel's
+// rules for os.Root. Whiteouts become overlayfs's own.
+func untar(ctx context.Context, r io.Reader, dir string, room int64) (int64, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer root.Close()
+	var size int64
+	tr := tar.NewReader(r)
+	for entries := 0; ; entries++ {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return size, nil
+		}
+		if err != nil {
+			return 0, fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		if entries >= maxEntries {
+			return 0, fmt.Errorf("%w: more than %d entries", ErrImage, maxEntries)
+		}
+		if size += h.Size + 512; h.Size < 0 || size > room {
+			return 0, fmt.Errorf("%w: it unpacks to more than is allowed", ErrImage)
+		}
+		if err := unpackEntry(root, tr, h); err != nil {
+			return 0, fmt.Errorf("entry %.200q: %w", h.Name, err)
+		}
+	}
+}
+
+const (
+	whiteout = ".wh."
+	opaque   = ".wh..wh..opq"
+)
+
+func unpackEntry(root *os.Root, r io.Reader, h *tar.Header) error {
+	name := path.Clean(strings.TrimPrefix(h.Name, "/"))
+	switch {
+	case len(h.Name) > maxPath || len(h.Linkname) > maxPath:
+		return fmt.Errorf("%w: path of more than %d bytes", ErrImage, maxPath)
+	case strings.Count(name, "/") > maxDepth:
+		return fmt.Errorf("%w: path of more than %d levels", ErrImage, maxDepth)
+	case strings.ContainsRune(h.Name, 0) || slices.Contains(strings.Split(h.Name, "/"), ".."):
+		return fmt.Errorf("%w: path leads outside", ErrImage)
+	}
+	if name == "." {
+		if h.Typeflag != tar.TypeDir {
+			return fmt.Errorf("%w: the root is not a directory", ErrImage)
+		}
+		return attributes(root, ".", h)
+	}
+	parent, base := path.Split(name)
+	if parent = path.Clean(parent); parent != "." {
+		if err := root.MkdirAll(parent, 0o755); err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+	}
+	switch {
+	case base == opaque:
+		return onDir(root, parent, func(fd int) error { return unix.Fsetxattr(fd, "trusted.overlay.opaque", []byte("y"), 0) })
+	case strings.HasPrefix(base, whiteout):
+		gone := strings.TrimPrefix(base, whiteout)
+		if gone == "" || gone == "." || gone == ".." {
+			return fmt.Errorf("%w: whiteout of nothing", ErrImage)
+		}
+		if err := root.RemoveAll(path.Join(parent, gone)); err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		return onDir(root, parent, func(fd int) error { return unix.Mknodat(fd, gone, unix.S_IFCHR, 0) })
+	}
+	// A later entry replaces an earlier one; a directory stays and takes the new attributes.
+	if st, err := root.Lstat(name); err == nil && (!st.IsDir() || h.Typeflag != tar.TypeDir) {
+		if err := root.RemoveAll(name); err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+	}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		if err := root.Mkdir(name, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+	case tar.TypeReg:
+		f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		_, err = io.Copy(f, r)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+	case tar.TypeSymlink:
+		// It may point anywhere: it is followed only inside the sandbox, or by os.Root, which does not leave.
+		if err := root.Symlink(h.Linkname, name); err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		return lchown(root, name, h)
+	case tar.TypeLink:
+		if slices.Contains(strings.Split(h.Linkname, "/"), "..") {
+			return fmt.Errorf("%w: hard link leads outside", ErrImage)
+		}
+		if err := root.Link(path.Clean(strings.TrimPrefix(h.Linkname, "/")), name); err != nil {
+			return fmt.Errorf("%w: hard link: %w", ErrImage, err)
+		}
+		return nil // it has its target's attributes
+	default:
+		return fmt.Errorf("%w: entry of type %q; devices, sockets and pipes do not belong into an image", ErrImage, h.Typeflag)
+	}
+	return attributes(root, name, h)
+}
+
+func onDir(root *os.Root, dir string, f func(fd int) error) error {
+	d, err := root.Open(dir)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrImage, err)
+	}
+	defer d.Close()
+	return f(int(d.Fd()))
+}
+
+func lchown(root *os.Root, name string, h *tar.Header) error {
+	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) > 1<<31-1 || int64(h.Gid) > 1<<31-1 {
+		return fmt.Errorf("%w: owner %d:%d", ErrImage, h.Uid, h.Gid)
+	}
+	return root.Lchown(name, h.Uid, h.Gid)
+}
+
+func attributes(root *os.Root, name string, h *tar.Header) error {
+	if err := lchown(root, name, h); err != nil {
+		return err
+	}
+	total := 0
+	for k, v := range h.PAXRecords {
+		attr, ok := strings.CutPrefix(k, "SCHILY.xattr.")
+		if !ok || (!strings.HasPrefix(attr, "user.") && attr != "security.capability") {
+			continue // trusted.overlay.* would let an image play with the layers below it
+		}
+		if total += len(k) + len(v); total > maxXattrs {
+			return fmt.Errorf("%w: extended attributes of more than %d bytes", ErrImage, maxXattrs)
+		}
+		f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return err
+		}
+		err = unix.Fsetxattr(int(f.Fd()), attr, []byte(v), 0)
+		f.Close()
+		if err != nil && !errors.Is(err, unix.ENOTSUP) {
+			return fmt.Errorf("extended attribute %q: %w", attr, err)
+		}
+	}
+	mode := fs.FileMode(h.Mode & 0o777)
+	for bit, m := range map[int64]fs.FileMode{0o4000: fs.ModeSetuid, 0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
+		if h.Mode&bit != 0 {
+			mode |= m
+		}
+	}
+	if err := root.Chmod(name, mode); err != nil {
+		return err
+	}
+	t := h.ModTime
+	if t.Before(time.Unix(0, 0)) {
+		t = time.Unix(0, 0)
+	}
+	return root.Chtimes(name, t, t)
+}
+
+// Prune removes the layers of images that are not kept and that no sandbox uses.
+func (r *Runner) Prune(ctx context.Context, keep []Image) error {
+	used := map[string]bool{}
+	for _, img := range keep {
+		for _, l := range img.Layers {
+			used[l] = true
+		}
+	}
+	bundles, err := os.ReadDir(filepath.Join(r.cfg.Dir, "bundles"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("prune layers: %w", err)
+	}
+	for _, b := range bundles {
+		var s Spec
+		if readJSON(filepath.Join(r.bundle(b.Name()), "spec.json"), &s) == nil {
+			for _, l := range s.Image.Layers {
+				used[l] = true
+			}
+		}
+	}
+	layers, err := os.ReadDir(filepath.Join(r.cfg.Dir, "layers"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("prune layers: %w", err)
+	}
+	for _, l := range layers {
+		if !l.IsDir() || used[l.Name()] || ctx.Err() != nil {
+			continue
+		}
+		unlock := r.lock("layer-" + l.Name())
+		p := filepath.Join(r.cfg.Dir, "layers", l.Name())
+		err := errors.Join(removeIfThere(p+".json"), os.RemoveAll(p))
+		unlock()
+		if err != nil {
+			return fmt.Errorf("prune layer %s: %w", l.Name(), err)
+		}
+	}
+	return ctx.Err()
+}
+
+func removeIfThere(p string) error {
+	if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,641 @@
+// Package sandbox runs one workload from an OCI image in gVisor (runsc, systrap), bounded in memory, CPU and processes,
+// with no capability that it was not given and no way to gain one. It knows nothing of contracts, ledgers or networks:
+// it is handed a network namespace and directories.
+//
+// Everything lies under Config.Dir, which must be on tmpfs: unpacked layers, bundles with environment and secrets,
+// runsc's state, logs. Nothing is written anywhere else, so that a disk never sees it.
+//
+//	layers/HEX        one unpacked layer, by the SHA-256 of its tar (diffID)
+//	bundles/ID        one sandbox: spec.json, config.json, files/, rootfs (overlay of the layers), status.json, lock
+//	runsc/            runsc's own state
+//	logs/ID/          what it wrote, the newest in "log", older in "log.1"
+//
+// Each sandbox has a shim, a process of its own that outlives the caller: it runs runsc, keeps the logs, records the end,
+// and is the watchdog that ends a fenced workload when the lease file's deadline passes. The shim holds a lock on
+// bundles/ID/lock as long as it lives: whoever asks whether a sandbox is alive asks the lock, never a process ID.
+package sandbox
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config of a Runner.
+type Config struct {
+	Runsc  string   // path of holdfast-runsc
+	Self   []string // argv prefix of a shim; the bundle's directory is appended
+	Dir    string   // on tmpfs
+	Cgroup string   // parent of the sandboxes' cgroups, as in /proc/self/cgroup; "" sets no limits
+	Lease  string   // file with 8 little-endian bytes: CLOCK_BOOTTIME deadline in ns for Fenced workloads
+	Image  int64    // bytes that one image may unpack to; 0 means 8 GiB
+	Log    *slog.Logger
+}
+
+// Spec is a workload as it should run.
+type Spec struct {
+	ID          string // [a-z0-9-]{1,63}
+	Image       Image
+	Args        []string // empty runs the image's entrypoint and command
+	Env         []string // KEY=value, over the image's
+	Cwd         string   // "" is the image's, or /
+	User        string   // name or ID, with or without :group; "" is the image's
+	Hostname    string
+	ReadOnly    bool     // the root file system
+	CapAdd      []string // on top of the default set, "NET_BIND_SERVICE" or with CAP_
+	CapDrop     []string // "ALL" drops all
+	NetNS       string   // path of a network namespace; its interfaces become the sandbox's
+	Mounts      []Mount
+	Files       []File
+	CPUMilli    int64 // thousandths of a core; 0 is unlimited
+	MemoryBytes int64 // 0 is unlimited
+	Pids        int64 // 0 is unlimited
+	StopSignal  string
+	StopGrace   time.Duration // between the stop signal and the end; 0 means 10 s
+	Fenced      bool          // ends when the lease does
+	Labels      map[string]string
+}
+
+// Mount is a directory of the machine or a tmpfs inside the sandbox.
+type Mount struct {
+	Source   string
+	Tmpfs    bool
+	Size     int64 // of a tmpfs; 0 means 64 MiB
+	Target   string
+	ReadOnly bool
+}
+
+// File is put into the sandbox; its bytes never touch a disk.
+type File struct {
+	Path     string
+	Mode     uint32
+	UID, GID int
+	Data     []byte
+}
+
+// States of a sandbox.
+const (
+	Running = "running"
+	Exited  = "exited"
+)
+
+// Status is a sandbox as it is.
+type Status struct {
+	ID         string
+	State      string
+	ExitCode   int
+	OOM        bool   // ended for want of memory
+	Reason     string // why it ended, when not by itself
+	StartedAt  time.Time
+	FinishedAt time.Time
+	Labels     map[string]string
+}
+
+// Runner runs sandboxes under one directory.
+type Runner struct {
+	cfg Config
+	log *slog.Logger
+	mu  sync.Mutex
+	ids map[string]*sync.Mutex // one change of a sandbox at a time
+}
+
+var idForm = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
+
+// New checks the configuration; nothing happens before the first call.
+func New(cfg Config) (*Runner, error) {
+	if !filepath.IsAbs(cfg.Dir) {
+		return nil, fmt.Errorf("sandbox: directory %q is not an absolute path", cfg.Dir)
+	}
+	if cfg.Image == 0 {
+		cfg.Image = 8 << 30
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Runner{cfg: cfg, log: cfg.Log, ids: map[string]*sync.Mutex{}}, nil
+}
+
+// lock serialises the changes of one sandbox.
+func (r *Runner) lock(id string) func() {
+	r.mu.Lock()
+	m := r.ids[id]
+	if m == nil {
+		m = &sync.Mutex{}
+		r.ids[id] = m
+	}
+	r.mu.Unlock()
+	m.Lock()
+	return m.Unlock
+}
+
+func (r *Runner) bundle(id string) string { return filepath.Join(r.cfg.Dir, "bundles", id) }
+
+// statusFile is what the shim writes.
+type statusFile struct {
+	PID      int
+	State    string // "starting", Running, Exited
+	ExitCode int
+	OOM      bool
+	Reason   string
+	Started  time.Time
+	Finished time.Time
+}
+
+// shimFile is what a shim must know beside config.json.
+type shimFile struct {
+	ID     string
+	Runsc  []string // argv prefix with global flags
+	Lease  string
+	Grace  time.Duration
+	Signal string
+	Fenced bool
+	Logs   string
+	Cgroup string
+	User   string
+	Labels map[string]string
+}
+
+// Start runs a sandbox. It returns when the sandbox runs, or with the reason why it does not. A sandbox that runs with
+// the same Spec is left as it is.
+func (r *Runner) Start(ctx context.Context, s Spec) error {
+	if !idForm.MatchString(s.ID) {
+		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", s.ID)
+	}
+	defer r.lock(s.ID)()
+	b := r.bundle(s.ID)
+	if alive(b) {
+		var old Spec
+		if readJSON(filepath.Join(b, "spec.json"), &old) == nil && sameSpec(&old, &s) {
+			return r.await(ctx, b)
+		}
+		return fmt.Errorf("sandbox %s runs with another spec", s.ID)
+	}
+	if err := r.clean(ctx, s.ID); err != nil {
+		return fmt.Errorf("sandbox %s: %w", s.ID, err)
+	}
+	if err := r.create(ctx, b, &s); err != nil {
+		return errors.Join(fmt.Errorf("sandbox %s: %w", s.ID, err), r.clean(context.WithoutCancel(ctx), s.ID))
+	}
+	if err := r.await(ctx, b); err != nil {
+		return fmt.Errorf("sandbox %s: %w", s.ID, err)
+	}
+	return nil
+}
+
+func sameSpec(a, b *Spec) bool {
+	x, _ := json.Marshal(a)
+	y, _ := json.Marshal(b)
+	return bytes.Equal(x, y)
+}
+
+// create writes the bundle and starts the shim.
+func (r *Runner) create(ctx context.Context, b string, s *Spec) error {
+	for _, d := range []string{filepath.Join(b, "rootfs"), filepath.Join(b, "upper"), filepath.Join(b, "work"), filepath.Join(r.cfg.Dir, "runsc"), filepath.Join(r.cfg.Dir, "logs", s.ID)} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	rootfs := filepath.Join(b, "rootfs")
+	if err := os.Chmod(filepath.Join(b, "upper"), 0o755); err != nil { // it is the sandbox's /
+		return err
+	}
+	if err := mountRoot(r.cfg.Dir, b, s.Image); err != nil {
+		return err
+	}
+	oci, user, err := r.ociSpec(b, rootfs, s)
+	if err != nil {
+		return err
+	}
+	shim := shimFile{
+		ID: s.ID, Runsc: append([]string{r.cfg.Runsc}, r.flags(b)...), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
+		Fenced: s.Fenced, Logs: filepath.Join(r.cfg.Dir, "logs", s.ID), User: user, Labels: s.Labels,
+	}
+	if shim.Grace <= 0 {
+		shim.Grace = 10 * time.Second
+	}
+	if r.cfg.Cgroup != "" {
+		shim.Cgroup = filepath.Join(r.cfg.Cgroup, s.ID)
+		if err := makeMemoryGroup(shim.Cgroup, s.MemoryBytes); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(writeJSON(filepath.Join(b, "config.json"), oci), writeJSON(filepath.Join(b, "shim.json"), shim), writeJSON(filepath.Join(b, "spec.json"), s)); err != nil {
+		return err
+	}
+	lock, err := os.OpenFile(filepath.Join(b, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	// The shim inherits the lock with the open file; it is free only when the shim is gone.
+	argv := append(slices.Clone(r.cfg.Self), b)
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/bin"}
+	cmd.ExtraFiles = []*os.File{lock}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start shim: %w", err)
+	}
+	go cmd.Wait() // reaped here while this process lives, by init after it
+	return nil
+}
+
+// flags are runsc's global flags.
+func (r *Runner) flags(bundle string) []string {
+	f := []string{
+		"--root=" + filepath.Join(r.cfg.Dir, "runsc"), "--platform=systrap", "--network=sandbox", "--overlay2=root:memory",
+		"--net-raw", // only for who is given CAP_NET_RAW; the overlay pins what may leave
+		"--log=" + filepath.Join(bundle, "runsc.log"), "--log-format=json",
+	}
+	if r.cfg.Cgroup == "" {
+		f = append(f, "--ignore-cgroups")
+	}
+	return f
+}
+
+// await returns when the shim says that the sandbox runs or has ended.
+func (r *Runner) await(ctx context.Context, b string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		var st statusFile
+		err := readJSON(filepath.Join(b, "status.json"), &st)
+		switch {
+		case err == nil && st.State == Running:
+			return nil
+		case err == nil && st.State == Exited && st.Started.IsZero():
+			return fmt.Errorf("it did not start: %s", st.Reason)
+		case err == nil && st.State == Exited:
+			return nil // it ran, and has ended already: List tells
+		case !alive(b):
+			return errors.New("its shim died")
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("it does not start: %w", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// alive reports whether the bundle's shim lives.
+func alive(b string) bool {
+	f, err := os.Open(filepath.Join(b, "lock"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+// Stop ends a sandbox and removes all of it but its logs. A sandbox that is not there is stopped.
+func (r *Runner) Stop(ctx context.Context, id string) error {
+	if !idForm.MatchString(id) {
+		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", id)
+	}
+	defer r.lock(id)()
+	b := r.bundle(id)
+	var sh shimFile
+	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err == nil && alive(b) {
+		var st statusFile
+		if err := readJSON(filepath.Join(b, "status.json"), &st); err == nil && st.PID > 0 {
+			unix.Kill(st.PID, unix.SIGTERM) // the lock says that it is this shim
+		}
+		ctx, cancel := context.WithTimeout(ctx, sh.Grace+15*time.Second)
+		defer cancel()
+		for alive(b) {
+			select {
+			case <-ctx.Done():
+				return fmt.Errorf("stop sandbox %s: %w", id, ctx.Err())
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
+	}
+	if err := r.clean(ctx, id); err != nil {
+		return fmt.Errorf("stop sandbox %s: %w", id, err)
+	}
+	return nil
+}
+
+// clean removes what a dead or half-made sandbox has left.
+func (r *Runner) clean(ctx context.Context, id string) error {
+	b := r.bundle(id)
+	if _, err := os.Stat(b); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	// The shim deletes the container in the end; if it was killed, it is still there.
+	if _, err := os.Stat(filepath.Join(b, "deleted")); err != nil {
+		if _, err := os.Stat(filepath.Join(b, "shim.json")); err == nil {
+			if out, err := r.runsc(ctx, b, 20*time.Second, "delete", "--force", id); err != nil && !strings.Contains(out, "does not exist") && !strings.Contains(out, "not found") {
+				r.log.Warn("delete container", "id", id, "error", err, "output", out)
+			}
+		}
+	}
+	if err := unix.Unmount(filepath.Join(b, "rootfs"), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount root: %w", err)
+	}
+	if r.cfg.Cgroup != "" {
+		removeCgroups(filepath.Join(r.cfg.Cgroup, id))
+	}
+	return os.RemoveAll(b)
+}
+
+// runsc runs one command with a time-out and returns what it said.
+func (r *Runner) runsc(ctx context.Context, bundle string, limit time.Duration, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, r.cfg.Runsc, append(r.flags(bundle), args...)...)
+	cmd.Env = []string{"PATH=/bin"}
+	cmd.WaitDelay = time.Second
+	out, err := cmd.CombinedOutput()
+	return strings.TrimSpace(string(out)), err
+}
+
+// List returns every sandbox, also those that a Runner before this one started.
+func (r *Runner) List(ctx context.Context) ([]Status, error) {
+	entries, err := os.ReadDir(filepath.Join(r.cfg.Dir, "bundles"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("list sandboxes: %w", err)
+	}
+	var out []Status
+	for _, e := range entries {
+		if st, ok := r.status(e.Name()); ok {
+			out = append(out, st)
+		}
+	}
+	return out, nil
+}
+
+func (r *Runner) status(id string) (Status, bool) {
+	b := r.bundle(id)
+	var sh shimFile
+	var st statusFile
+	if readJSON(filepath.Join(b, "shim.json"), &sh) != nil {
+		return Status{}, false // half made: Start or Stop cleans it
+	}
+	live := alive(b)
+	err := readJSON(filepath.Join(b, "status.json"), &st) // after the lock: a shim that ended has written it
+	out := Status{ID: id, State: Running, ExitCode: st.ExitCode, OOM: st.OOM, Reason: st.Reason, StartedAt: st.Started, FinishedAt: st.Finished, Labels: sh.Labels}
+	if !live {
+		out.State = Exited
+		if err != nil || st.State != Exited {
+			out.ExitCode, out.Reason = -1, "its shim was killed"
+		}
+	}
+	return out, true
+}
+
+// ExecSpec is a command inside a sandbox.
+type ExecSpec struct {
+	Args []string
+	User string // "" is the workload's own
+	Cwd  string
+}
+
+// maxOutput bounds what Exec returns.
+const maxOutput = 64 << 10
+
+// Exec runs a command inside a running sandbox and returns its exit code and the beginning of its output.
+func (r *Runner) Exec(ctx context.Context, id string, x ExecSpec) (int, []byte, error) {
+	b := r.bundle(id)
+	var sh shimFile
+	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err != nil {
+		return 0, nil, fmt.Errorf("exec in %s: %w", id, err)
+	}
+	if x.User == "" {
+		x.User = sh.User
+	}
+	args := append(r.flags(b), "exec", "--user", x.User)
+	if x.Cwd != "" {
+		args = append(args, "--cwd", x.Cwd)
+	}
+	cmd := exec.CommandContext(ctx, r.cfg.Runsc, append(append(args, id), x.Args...)...)
+	cmd.Env = []string{"PATH=/bin"}
+	cmd.WaitDelay = time.Second
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) } // runsc passes it on
+	out := &limited{limit: maxOutput}
+	cmd.Stdout, cmd.Stderr = out, out
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case ctx.Err() != nil:
+		return 0, out.Bytes(), fmt.Errorf("exec in %s: %w", id, ctx.Err())
+	case errors.As(err, &exit) && exit.Exited():
+		return exit.ExitCode(), out.Bytes(), nil
+	case err != nil:
+		return 0, out.Bytes(), fmt.Errorf("exec in %s: %w", id, err)
+	}
+	return 0, out.Bytes(), nil
+}
+
+// limited keeps the first bytes and swallows the rest.
+type limited struct {
+	bytes.Buffer
+	limit int
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	if room := l.limit - l.Len(); room > 0 {
+		l.Buffer.Write(p[:min(room, len(p))])
+	}
+	return len(p), nil
+}
+
+// Watch sends the ID of a sandbox whenever its state has changed, until ctx ends.
+func (r *Runner) Watch(ctx context.Context) <-chan string {
+	out := make(chan string)
+	go func() {
+		defer close(out)
+		t := time.NewTicker(100 * time.Millisecond)
+		defer t.Stop()
+		last := map[string]Status{}
+		for {
+			all, err := r.List(ctx)
+			if err == nil {
+				now := map[string]Status{}
+				for _, s := range all {
+					now[s.ID] = s
+					if old, ok := last[s.ID]; ok && reflect.DeepEqual(old, s) {
+						continue
+					}
+					select {
+					case out <- s.ID:
+					case <-ctx.Done():
+						return
+					}
+				}
+				for id := range last {
+					if _, ok := now[id]; !ok {
+						select {
+						case out <- id:
+						case <-ctx.Done():
+							return
+						}
+					}
+				}
+				last = now
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+		}
+	}()
+	return out
+}
+
+// Logs writes the last lines that a sandbox wrote, oldest first, and with follow those that come, until ctx ends or the
+// sandbox has been gone for a second.
+func (r *Runner) Logs(ctx context.Context, id string, follow bool, tail int, w io.Writer) error {
+	if !idForm.MatchString(id) {
+		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", id)
+	}
+	dir := filepath.Join(r.cfg.Dir, "logs", id)
+	f, err := os.Open(filepath.Join(dir, "log"))
+	if err != nil {
+		return fmt.Errorf("logs of %s: %w", id, err)
+	}
+	defer func() { f.Close() }()
+	var lines []string
+	keep := func(rd io.Reader) {
+		s := bufio.NewScanner(rd)
+		s.Buffer(nil, maxLine+128)
+		for s.Scan() {
+			if lines = append(lines, s.Text()); len(lines) > tail {
+				lines = lines[1:]
+			}
+		}
+	}
+	if old, err := os.Open(filepath.Join(dir, "log.1")); err == nil {
+		keep(old)
+		old.Close()
+	}
+	keep(f)
+	for _, l := range lines {
+		if _, err := fmt.Fprintln(w, l); err != nil {
+			return err
+		}
+	}
+	gone := 0
+	for follow {
+		n, err := io.Copy(w, f)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			// A rotated log goes on in a new file.
+			if a, err := os.Stat(filepath.Join(dir, "log")); err == nil {
+				if b, err := f.Stat(); err == nil && !os.SameFile(a, b) {
+					if next, err := os.Open(filepath.Join(dir, "log")); err == nil {
+						f.Close()
+						f = next
+						continue
+					}
+				}
+			}
+			if gone++; alive(r.bundle(id)) {
+				gone = 0
+			} else if gone > 10 {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(b, v)
+}
+
+// writeJSON writes a file that others never see half written.
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	tmp := path + ".tmp" + strconv.Itoa(os.Getpid())
+	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// cgroupRoots are the roots of the machine's hierarchies: one for each controller in version 1, one in all in version 2.
+func cgroupRoots() []string {
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+		return []string{"/sys/fs/cgroup"}
+	}
+	var out []string
+	for _, c := range []string{"cpu", "cpuacct", "cpuset", "memory", "pids", "devices", "freezer", "blkio", "systemd"} {
+		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", c, "cgroup.procs")); err == nil {
+			out = append(out, filepath.Join("/sys/fs/cgroup", c))
+		}
+	}
+	return out
+}
+
+// makeMemoryGroup makes and limits the group that holds a sandbox's memory before runsc does: what runsc finds it
+// neither changes nor removes, so that the counters can still be read when the sandbox has gone. With version 1 the other
+// controllers are runsc's.
+func makeMemoryGroup(group string, limit int64) error {
+	dir, file := filepath.Join("/sys/fs/cgroup/memory", group), "memory.limit_in_bytes"
+	if len(cgroupRoots()) == 1 {
+		return nil // version 2 has one group for all: it stays runsc's, and the exit code has to do
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("cgroup: %w", err)
+	}
+	if limit <= 0 {
+		return nil
+	}
+	if err := os.WriteFile(filepath.Join(dir, file), strconv.AppendInt(nil, limit, 10), 0o644); err != nil {
+		return fmt.Errorf("cgroup: memory limit: %w", err)
+	}
+	return nil
+}
+
+// removeCgroups removes a sandbox's groups. A group whose last process is just dying needs a moment.
+func removeCgroups(group string) {
+	for _, r := range cgroupRoots() {
+		for range 50 {
+			if err := os.Remove(filepath.Join(r, group)); err == nil || !errors.Is(err, unix.EBUSY) {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+}

@@ -1,0 +1,364 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"holdfast/internal/testimage"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMain plays the shim when a Runner of a test starts this binary as one.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "shim" {
+		if err := Shim(context.Background(), os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+type lab struct {
+	*Runner
+	t     *testing.T
+	img   Image
+	blobs *testimage.Image
+	netns string
+}
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	runsc, err := filepath.Abs("../bin/holdfast-runsc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(runsc); err != nil {
+		t.Fatalf("%v: run make build first", err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=700"); err != nil {
+		t.Fatal(err)
+	}
+	group := fmt.Sprintf("/holdfast-test-%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
+	r, err := New(Config{Runsc: runsc, Self: []string{self, "shim"}, Dir: filepath.Join(dir, "s"), Cgroup: group, Lease: filepath.Join(dir, "lease")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A namespace with nothing but a loopback, as an overlay makes it.
+	name := "hfsb" + strconv.Itoa(os.Getpid())
+	for _, args := range [][]string{{"netns", "add", name}, {"-n", name, "link", "set", "lo", "up"}} {
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %v: %v: %s", args, err, out)
+		}
+	}
+	t.Cleanup(func() { exec.Command("ip", "netns", "del", name).Run() })
+	l := &lab{Runner: r, t: t, netns: "/var/run/netns/" + name}
+	t.Cleanup(func() {
+		all, _ := r.List(context.Background())
+		for _, s := range all {
+			if err := r.Stop(context.Background(), s.ID); err != nil {
+				t.Error(err)
+			}
+		}
+		unix.Unmount(dir, unix.MNT_DETACH)
+		removeCgroups(group)
+	})
+	if l.blobs, err = testimage.Server(t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	if l.img, err = r.Unpack(t.Context(), l.blobs, l.blobs.Manifest); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (l *lab) start(id string, f ...func(*Spec)) {
+	l.t.Helper()
+	s := Spec{ID: id, Image: l.img, NetNS: l.netns, Hostname: "box", Labels: map[string]string{"a": "b"}, StopGrace: 2 * time.Second}
+	for _, g := range f {
+		g(&s)
+	}
+	if err := l.Start(l.t.Context(), s); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *lab) exec(id string, args ...string) (int, string) {
+	l.t.Helper()
+	ctx, cancel := context.WithTimeout(l.t.Context(), 10*time.Second)
+	defer cancel()
+	code, out, err := l.Exec(ctx, id, ExecSpec{Args: args})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return code, string(out)
+}
+
+func (l *lab) until(what string, f func() bool) {
+	l.t.Helper()
+	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			l.t.Fatalf("%s did not come", what)
+		}
+	}
+}
+
+func (l *lab) state(id string) Status {
+	all, err := l.List(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, s := range all {
+		if s.ID == id {
+			return s
+		}
+	}
+	return Status{}
+}
+
+func TestLife(t *testing.T) {
+	l := newLab(t)
+	begin := time.Now()
+	l.start("w-1", func(s *Spec) {
+		s.Env = []string{"SECRET=marker-in-env"}
+		s.Files = []File{{Path: "/run/secrets/pw", Mode: 0o400, Data: []byte("marker-in-file")}, {Path: "/etc/hosts", Mode: 0o644, Data: []byte("::1 localhost\n")}}
+	})
+	t.Logf("start to running: %v", time.Since(begin))
+	l.until("health", func() bool { c, _ := l.exec("w-1", "/server", "health"); return c == 0 })
+	t.Logf("start to healthy: %v", time.Since(begin))
+	if s := l.state("w-1"); s.State != Running || s.Labels["a"] != "b" {
+		t.Fatalf("%+v", s)
+	}
+	var logs strings.Builder
+	if err := l.Logs(t.Context(), "w-1", false, 10, &logs); err != nil || !strings.Contains(logs.String(), "listening on 8080") || !strings.Contains(logs.String(), "greeting: image") {
+		t.Fatalf("logs: %q %v", logs.String(), err)
+	}
+	l.start("w-1", func(s *Spec) { // again: nothing happens
+		s.Env = []string{"SECRET=marker-in-env"}
+		s.Files = []File{{Path: "/run/secrets/pw", Mode: 0o400, Data: []byte("marker-in-file")}, {Path: "/etc/hosts", Mode: 0o644, Data: []byte("::1 localhost\n")}}
+	})
+	if err := l.Stop(t.Context(), "w-1"); err != nil {
+		t.Fatal(err)
+	}
+	logs.Reset()
+	if err := l.Logs(t.Context(), "w-1", false, 10, &logs); err != nil || !strings.Contains(logs.String(), "terminated") {
+		t.Errorf("it was not asked to stop before it was ended: %q %v", logs.String(), err)
+	}
+	if s := l.state("w-1"); s.ID != "" {
+		t.Errorf("stopped, but %+v", s)
+	}
+	if err := l.Stop(t.Context(), "w-1"); err != nil {
+		t.Errorf("stopping what is stopped: %v", err)
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil || strings.Contains(string(b), l.cfg.Dir+"/bundles/w-1") {
+		t.Errorf("a mount is left: %v", err)
+	}
+}
+
+func TestLimitsBite(t *testing.T) {
+	l := newLab(t)
+	spin := func(id string) int {
+		_, out := l.exec(id, "/server", "spin", "500")
+		n, err := strconv.Atoi(strings.TrimSpace(out))
+		if err != nil {
+			t.Fatalf("%s: %q", id, out)
+		}
+		return n
+	}
+	l.start("free")
+	l.start("bound", func(s *Spec) { s.CPUMilli, s.MemoryBytes, s.Pids = 200, 96<<20, 20 })
+	free, bound := spin("free"), spin("bound")
+	if bound*2 > free {
+		t.Errorf("a fifth of a core did %d rounds, a whole one %d", bound, free)
+	}
+	if code, out := l.exec("free", "/server", "alloc", "128"); code != 0 {
+		t.Errorf("control: 128 MiB without a limit: %d %s", code, out)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if code, out, err := l.Exec(ctx, "bound", ExecSpec{Args: []string{"/server", "alloc", "256"}}); err == nil && code == 0 {
+		t.Errorf("256 MiB were given to a workload of 96: %s", out)
+	}
+	l.until("the end of what took too much", func() bool { return l.state("bound").State == Exited })
+	if s := l.state("bound"); !s.OOM {
+		t.Errorf("out of memory, but %+v", s)
+	}
+	l.start("forks", func(s *Spec) { s.Pids = 20 })
+	_, out := l.exec("free", "/server", "fork", "300")
+	if n, _ := strconv.Atoi(strings.Fields(out + " 0")[0]); n < 300 {
+		t.Errorf("control: without a limit %s", out)
+	}
+	code, forked, err := l.Exec(ctx, "forks", ExecSpec{Args: []string{"/server", "fork", "300"}})
+	if n, _ := strconv.Atoi(strings.Fields(string(forked) + " 0")[0]); err == nil && code == 0 && n >= 300 {
+		t.Errorf("300 processes came up under a limit of 20: %s", forked)
+	}
+	if s := l.state("free"); s.State != Running {
+		t.Errorf("a neighbour suffered: %+v", s)
+	}
+}
+
+func TestNothingToGain(t *testing.T) {
+	l := newLab(t)
+	l.start("plain")
+	l.start("none", func(s *Spec) { s.CapDrop = []string{"ALL"} })
+	l.start("more", func(s *Spec) { s.CapAdd = []string{"NET_RAW"} })
+	l.start("user", func(s *Spec) { s.User = "user"; s.ReadOnly = true })
+	field := func(id, name string) string {
+		_, out := l.exec(id, "/server", "status")
+		for line := range strings.Lines(out) {
+			if v, ok := strings.CutPrefix(line, name+":"); ok {
+				return strings.TrimSpace(v)
+			}
+		}
+		return ""
+	}
+	const netRaw = 1 << 13
+	bits := func(id string) uint64 {
+		n, err := strconv.ParseUint(field(id, "CapEff"), 16, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if c := bits("plain"); c&netRaw != 0 || c == 0 || c>>21&1 != 0 {
+		t.Errorf("default capabilities %x", c)
+	}
+	if c := bits("none"); c != 0 {
+		t.Errorf("dropped all, has %x", c)
+	}
+	if c := bits("more"); c&netRaw == 0 {
+		t.Errorf("added NET_RAW, has %x", c)
+	}
+	if c := bits("user"); c != 0 || !strings.HasPrefix(field("user", "Uid"), "1000") {
+		t.Errorf("a user has %x, UID %s", c, field("user", "Uid"))
+	}
+	if code, _ := l.exec("user", "/server", "write", "/x"); code == 0 {
+		t.Error("the read-only root was written")
+	}
+	if code, out := l.exec("plain", "/server", "write", "/x"); code != 0 {
+		t.Errorf("control: %s", out)
+	}
+}
+
+func TestFenceEndsWithTheLease(t *testing.T) {
+	l := newLab(t)
+	lease := func(d time.Duration) {
+		var ts unix.Timespec
+		unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+		b := binary.LittleEndian.AppendUint64(nil, uint64(ts.Nano()+int64(d)))
+		if err := os.WriteFile(l.cfg.Lease+".new", b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(l.cfg.Lease+".new", l.cfg.Lease); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lease(time.Hour)
+	l.start("fenced", func(s *Spec) { s.Fenced = true })
+	l.start("free")
+	time.Sleep(500 * time.Millisecond) // the control: with a lease it goes on
+	if s := l.state("fenced"); s.State != Running {
+		t.Fatalf("ended within its lease: %+v", s)
+	}
+	lease(300 * time.Millisecond)
+	begin := time.Now()
+	l.until("the fence", func() bool { return l.state("fenced").State == Exited })
+	if d := time.Since(begin); d < 250*time.Millisecond || d > 5*time.Second {
+		t.Errorf("ended %v after the lease was cut to 300 ms", d)
+	}
+	if s := l.state("fenced"); s.Reason != "its lease ended" {
+		t.Errorf("%+v", s)
+	}
+	if s := l.state("free"); s.State != Running {
+		t.Errorf("the unfenced one ended too: %+v", s)
+	}
+}
+
+func TestAnotherRunnerAdopts(t *testing.T) {
+	l := newLab(t)
+	l.start("a")
+	l.start("ends", func(s *Spec) { s.Args = []string{"/server", "fail"} })
+	begin := l.state("a").StartedAt
+	r2, err := New(l.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Runner = r2
+	l.until("the end", func() bool { return l.state("ends").State == Exited })
+	if s := l.state("ends"); s.ExitCode != 3 {
+		t.Errorf("%+v", s)
+	}
+	if s := l.state("a"); s.State != Running || !s.StartedAt.Equal(begin) {
+		t.Errorf("not adopted: %+v", s)
+	}
+	// The shim is killed: the sandbox counts as ended, and Stop leaves nothing of it.
+	var st statusFile
+	if err := readJSON(filepath.Join(l.bundle("a"), "status.json"), &st); err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(st.PID, unix.SIGKILL)
+	l.until("the news of the shim's death", func() bool { return l.state("a").State == Exited })
+	if err := l.Stop(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	left, _ := filepath.Glob("/sys/fs/cgroup/*" + l.cfg.Cgroup + "/a")
+	if len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	// A bundle that an agent left half made is no sandbox, and Start gets over it.
+	if err := os.MkdirAll(filepath.Join(l.bundle("half"), "rootfs"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if s := l.state("half"); s.ID != "" {
+		t.Errorf("half made, but %+v", s)
+	}
+	l.start("half")
+}
+
+func TestSecretsStayOnTmpfs(t *testing.T) {
+	l := newLab(t)
+	const marker = "kX9-marker-of-the-sandbox-test"
+	l.start("s", func(s *Spec) {
+		s.Env = []string{"PASSWORD=" + marker}
+		s.Files = []File{{Path: "/secret", Mode: 0o400, Data: []byte(marker)}}
+	})
+	if _, out := l.exec("s", "/server", "cat", "/secret"); !strings.Contains(out, marker) {
+		t.Fatalf("control: the workload does not see its secret: %q", out)
+	}
+	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range procs {
+		if p == fmt.Sprintf("/proc/%d/cmdline", os.Getpid()) {
+			continue
+		}
+		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), marker) {
+			t.Errorf("%s shows the secret: %q", p, b)
+		}
+	}
+	st, err := os.Stat(filepath.Join(l.cfg.Dir, "bundles"))
+	if err != nil || st.Mode().Perm()&0o077 != 0 {
+		t.Errorf("others can look into the bundles: %v %v", st.Mode(), err)
+	}
+	var fsinfo unix.Statfs_t
+	if err := unix.Statfs(l.bundle("s"), &fsinfo); err != nil || fsinfo.Type != unix.TMPFS_MAGIC {
+		t.Errorf("the bundle is not on tmpfs: %x %v", fsinfo.Type, err)
+	}
+}
