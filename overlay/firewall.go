@@ -209,6 +209,9 @@ func (f Firewall) Run(ctx context.Context) error {
 			if !ok {
 				return errors.New("firewall: the kernel stopped reporting addresses")
 			}
+			for len(changed) > 0 { // addresses come in swarms
+				<-changed
+			}
 		case <-resync.C:
 		}
 	}

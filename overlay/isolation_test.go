@@ -446,7 +446,6 @@ func TestEgress(t *testing.T) {
 	must(t, soonReachable(pf, netip.AddrPortFrom(site6, 443)))
 	must(t, soonReachable(pf, netip.AddrPortFrom(site4, 443)))
 	must(t, soonReachable(pf, netip.AddrPortFrom(l.boxes[1].v6, 443)))
-	var flood [][]byte
 	mac, router := macs("free")
 	lan := sniff(t, l.router, "")
 	captiveMAC, captiveRouter := macs("captive")
@@ -492,38 +491,47 @@ func TestEgress(t *testing.T) {
 	if lan.count(func(f []byte) bool { return len(f) > 54 && f[12] == 0x86 && f[22] == 0xfd }) > 0 {
 		t.Error("a private source was on the wire")
 	}
-	// A flood of connections ends at the limit, whether they stay half open or are closed at once.
-	for _, c := range []struct {
-		name, id string
-		dst      netip.Addr
-	}{{"half open", "free", site6.Next()}, {"closed", "free2", site6}} {
-		name, dst, src := c.name, c.dst, attachAddr("out", c.id)
-		ns, _ := m.attach(c.id)
-		mac, router := macs(c.id)
-		for i := range 2 * egressFlows {
+	// A flood of connections ends at the limit, whether they stay half open or are closed at once, or come slowly.
+	flood := func(id string, dst netip.Addr, from, count int) (out int) {
+		ns, src := workPath(b.nets, "out", id), attachAddr("out", id)
+		mac, router := macs(id)
+		var frames [][]byte
+		for i := range count {
 			f := frame(mac, router, src, dst, unix.IPPROTO_TCP, 443, nil)
-			binary.BigEndian.PutUint16(f[54:], uint16(20000+i))
+			binary.BigEndian.PutUint16(f[54:], uint16(from+i))
 			binary.BigEndian.PutUint16(f[70:], 0)
 			pseudo := append(append(append([]byte{}, f[22:54]...), 0, 0, 0, 20, 0, 0, 0, 6), f[54:]...)
 			binary.BigEndian.PutUint16(f[70:], checksum(pseudo))
-			flood = append(flood, f)
+			frames = append(frames, f)
 		}
-		syn := func(f []byte) bool {
-			return len(f) >= 74 && f[12] == 0x86 && f[20] == 6 && f[67] == 2 && bytes.Equal(f[38:54], dst.AsSlice())
+		syns := func() int {
+			return lan.count(func(f []byte) bool {
+				return len(f) >= 74 && f[12] == 0x86 && f[20] == 6 && f[67] == 2 && bytes.Equal(f[38:54], dst.AsSlice())
+			})
 		}
-		before := lan.count(syn)
+		before := syns()
 		start := time.Now()
-		inject(t, ns, "eth0", flood...)
+		inject(t, ns, "eth0", frames...)
 		took := time.Since(start)
-		flood = nil
-		if !soon(2*time.Second, func() bool { return lan.count(syn)-before > egressFlows/2 }) {
-			t.Errorf("control: %d of a flood, %s, arrived", lan.count(syn)-before, name)
+		out = syns() - before
+		if most := egressFlows + 10 + int((took.Seconds()+1)*egressRate); out > most {
+			t.Errorf("%d connections of %s to %v got out, at most %d may", out, id, dst, most)
 		}
-		if n, most := lan.count(syn)-before, egressFlows+10+int((took.Seconds()+1)*egressRate); n > most {
-			t.Errorf("%d connections, %s, got out", n, name)
-		} else {
-			t.Log(n, "connections got out,", name)
+		return out
+	}
+	m.attach("free2")
+	for _, c := range []struct {
+		id  string
+		dst netip.Addr
+	}{{"free2", site6}, {"free", site6.Next()}} {
+		if out := flood(c.id, c.dst, 20000, 2*egressFlows); out < egressFlows/2 {
+			t.Errorf("control: %d connections of %s got out", out, c.id)
 		}
+	}
+	// What is being tested is that time, which refills the rate, does not lift the limit.
+	time.Sleep(time.Second)
+	if out := flood("free", site6.Next(), 40000, egressRate/2); out > 10 {
+		t.Errorf("%d connections beyond the limit got out", out)
 	}
 	// No rule, no path.
 	must(t, m.SetEgress(nil))
