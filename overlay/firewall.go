@@ -144,27 +144,27 @@ func (f Firewall) onLink() ([]netip.Prefix, error) {
 	return list, nil
 }
 
-// forwarding makes the node a router only while it has egress to route. An interface that learns its own routes from
-// advertisements goes on doing so, which the kernel denies routers unless told twice.
+// forwarding makes the node a router, if it has egress to route; what else it could forward, the rules drop, also when
+// egress has ended. An interface that learns its own routes from advertisements goes on doing so, which the kernel
+// denies routers unless told twice.
 func (f Firewall) forwarding() error {
-	value := "0"
-	if f.Egress {
-		value = "1"
-		const conf = "/proc/sys/net/ipv6/conf"
-		entries, err := os.ReadDir(conf)
-		if err != nil {
-			return fmt.Errorf("list interfaces: %w", err)
-		}
-		for _, e := range entries {
-			if have, err := os.ReadFile(conf + "/" + e.Name() + "/accept_ra"); err == nil && strings.TrimSpace(string(have)) == "1" {
-				if err := sysctl("ipv6/conf/"+e.Name()+"/accept_ra", "2"); err != nil && !errors.Is(err, os.ErrNotExist) {
-					return err
-				}
+	if !f.Egress {
+		return nil
+	}
+	const conf = "/proc/sys/net/ipv6/conf"
+	entries, err := os.ReadDir(conf)
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, e := range entries {
+		if have, err := os.ReadFile(conf + "/" + e.Name() + "/accept_ra"); err == nil && strings.TrimSpace(string(have)) == "1" {
+			if err := sysctl("ipv6/conf/"+e.Name()+"/accept_ra", "2"); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
 			}
 		}
 	}
 	for _, key := range []string{"ipv6/conf/all/forwarding", "ipv4/conf/all/forwarding"} {
-		if err := sysctl(key, value); err != nil {
+		if err := sysctl(key, "1"); err != nil {
 			return err
 		}
 	}
