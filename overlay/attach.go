@@ -284,7 +284,7 @@ func (n *Network) places() ([]place, error) {
 	}
 	var places []place
 	err := within(n.tunNS(), func() error {
-		links, err := netlink.LinkList()
+		links, err := dump(netlink.LinkList)
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}
@@ -361,7 +361,7 @@ func (n *Network) sweep() error {
 		}
 	}
 	return within(n.tunNS(), func() error {
-		links, err := netlink.LinkList()
+		links, err := dump(netlink.LinkList)
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}
@@ -413,7 +413,7 @@ func Destroy(ctx context.Context, dir, name string) error {
 	if path := netPath(dir, name); isNamespace(path) {
 		// The kernel takes its time over an abandoned namespace; its links go now.
 		err := within(path, func() error {
-			links, err := netlink.LinkList()
+			links, err := dump(netlink.LinkList)
 			if err != nil {
 				return fmt.Errorf("list links: %w", err)
 			}

@@ -102,7 +102,7 @@ func (f Firewall) onLink() ([]netip.Prefix, error) {
 		return name == "lo" || strings.HasPrefix(name, uplinkOuter) ||
 			slices.ContainsFunc(f.Access, func(a Access) bool { return a.Interface == name })
 	}
-	links, err := netlink.LinkList()
+	links, err := dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -116,7 +116,7 @@ func (f Firewall) onLink() ([]netip.Prefix, error) {
 		if ours(link.Attrs().Name) {
 			continue
 		}
-		addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+		addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 		if err != nil {
 			return nil, fmt.Errorf("list addresses of %s: %w", link.Attrs().Name, err)
 		}
@@ -126,7 +126,7 @@ func (f Firewall) onLink() ([]netip.Prefix, error) {
 				add(netip.PrefixFrom(ip.Unmap(), bits))
 			}
 		}
-		routes, err := netlink.RouteList(link, netlink.FAMILY_ALL)
+		routes, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(link, netlink.FAMILY_ALL) })
 		if err != nil {
 			return nil, fmt.Errorf("list routes of %s: %w", link.Attrs().Name, err)
 		}

@@ -129,3 +129,13 @@ func sysctl(key, value string) error {
 	}
 	return nil
 }
+
+// dump lists kernel objects until a listing was not disturbed by a change, for one that was may lack something.
+func dump[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 100 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
