@@ -1,0 +1,298 @@
+// Package volume is a workload's disk: an ext4 file system in an encrypted image file. The image is shown as a plain disk
+// by a FUSE file system of one file, that file is attached to a loop device, and the device is mounted. All three belong
+// to one server process for each open volume, which outlives whoever asked for it.
+//
+// Encryption is AES-256 in XTS mode (IEEE 1619) over sectors of 4096 bytes, the sector's number as tweak, keys by HKDF
+// from the volume's key (format.go, docs/formats/volume.md). It keeps the disk's owner from reading. It does not keep him
+// from putting back an older sector or garbling one, and it shows him which sectors were ever written, how often, and
+// that a sector has the same bytes as before. Writes in place need no journal of their own, so that a crash leaves what
+// ext4's journal expects.
+//
+// The file system is made from a template of the next larger size (64 MiB to 64 GiB): the node needs no mkfs. Nothing is
+// ever created in place of what should be there: an absent image is ErrLost unless the caller says Create.
+package volume
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config of a Manager.
+type Config struct {
+	Self []string // argv prefix of a volume server
+	Dir  string   // of the images, on disk
+	Run  string   // on tmpfs: mount points and what runs
+	Log  *slog.Logger
+}
+
+// Spec is a volume as it should be open.
+type Spec struct {
+	ID     string // [a-z0-9-]{1,64}
+	Size   int64  // bytes, of a volume that is created; rounded up to a template's
+	Key    [32]byte
+	Create bool // it may be created if it is absent
+}
+
+// Status is a volume that is open.
+type Status struct {
+	ID         string
+	Mountpoint string
+}
+
+// Manager opens and closes volumes.
+type Manager struct {
+	cfg Config
+	log *slog.Logger
+	mu  sync.Mutex
+	ids map[string]*sync.Mutex
+}
+
+var idForm = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
+
+// New checks the configuration; nothing happens before the first call.
+func New(cfg Config) (*Manager, error) {
+	if !filepath.IsAbs(cfg.Dir) || !filepath.IsAbs(cfg.Run) {
+		return nil, fmt.Errorf("volume: directories %q and %q must be absolute paths", cfg.Dir, cfg.Run)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Manager{cfg: cfg, log: cfg.Log, ids: map[string]*sync.Mutex{}}, nil
+}
+
+func (m *Manager) lock(id string) func() {
+	m.mu.Lock()
+	l := m.ids[id]
+	if l == nil {
+		l = &sync.Mutex{}
+		m.ids[id] = l
+	}
+	m.mu.Unlock()
+	l.Lock()
+	return l.Unlock
+}
+
+func (m *Manager) run(id string) string   { return filepath.Join(m.cfg.Run, id) }
+func (m *Manager) image(id string) string { return filepath.Join(m.cfg.Dir, id+".img") }
+
+// order is what a server is told through its standard input: the key is on no command line and in no environment.
+type order struct {
+	Spec
+	Image string
+	Run   string
+}
+
+// report is what a server says of itself in RUN/status.json.
+type report struct {
+	PID   int
+	Ready bool
+	Error string
+	Kind  string // of the error: "lost", "key", "format"
+}
+
+// Open makes a volume's file system available and returns where. A volume that is open already is left as it is.
+func (m *Manager) Open(ctx context.Context, s Spec) (string, error) {
+	if !idForm.MatchString(s.ID) {
+		return "", fmt.Errorf("volume ID %q: want 1 to 64 of a-z, 0-9 and -", s.ID)
+	}
+	defer m.lock(s.ID)()
+	run := m.run(s.ID)
+	if !alive(run) {
+		if err := m.clean(s.ID); err != nil {
+			return "", fmt.Errorf("open volume %s: %w", s.ID, err)
+		}
+		if err := m.start(&s); err != nil {
+			return "", fmt.Errorf("open volume %s: %w", s.ID, err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		r, err := readReport(run)
+		switch {
+		case err == nil && r.Ready && alive(run):
+			return filepath.Join(run, "mnt"), nil
+		case err == nil && r.Error != "":
+			kind := map[string]error{"lost": ErrLost, "key": ErrKey, "format": ErrFormat}[r.Kind]
+			if kind == nil {
+				kind = errors.New(r.Error)
+			}
+			return "", fmt.Errorf("open volume %s: %w", s.ID, kind)
+		case !alive(run):
+			return "", fmt.Errorf("open volume %s: its server died", s.ID)
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("open volume %s: %w", s.ID, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func (m *Manager) start(s *Spec) error {
+	run := m.run(s.ID)
+	for _, d := range []string{m.cfg.Dir, run, filepath.Join(run, "fuse"), filepath.Join(run, "mnt")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	lock, err := os.OpenFile(filepath.Join(run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	raw, err := json.Marshal(order{*s, m.image(s.ID), run})
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	defer w.Close()
+	cmd := exec.Command(m.cfg.Self[0], m.cfg.Self[1:]...)
+	cmd.Dir, cmd.Env = "/", []string{"PATH=/bin"}
+	cmd.Stdin = r
+	cmd.ExtraFiles = []*os.File{lock} // free only when the server is gone
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	go cmd.Wait() // reaped here while this process lives, by init after it
+	_, err = w.Write(raw)
+	return err
+}
+
+// Close ends a volume's server after everything that was written is on disk. A volume that is not open is closed.
+func (m *Manager) Close(ctx context.Context, id string) error {
+	if !idForm.MatchString(id) {
+		return fmt.Errorf("volume ID %q: want 1 to 64 of a-z, 0-9 and -", id)
+	}
+	defer m.lock(id)()
+	run := m.run(id)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for first := true; alive(run); first = false {
+		if r, err := readReport(run); err == nil && first && r.PID > 0 {
+			unix.Kill(r.PID, unix.SIGTERM) // the lock says that it is this server
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("close volume %s: %w", id, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if err := m.clean(id); err != nil {
+		return fmt.Errorf("close volume %s: %w", id, err)
+	}
+	return nil
+}
+
+// Destroy deletes a volume's image. It is closed first.
+func (m *Manager) Destroy(ctx context.Context, id string) error {
+	if err := m.Close(ctx, id); err != nil {
+		return err
+	}
+	if err := os.Remove(m.image(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("destroy volume %s: %w", id, err)
+	}
+	return nil
+}
+
+// List returns the volumes that are open, also those that a Manager before this one opened.
+func (m *Manager) List(context.Context) ([]Status, error) {
+	entries, err := os.ReadDir(m.cfg.Run)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("list volumes: %w", err)
+	}
+	var out []Status
+	for _, e := range entries {
+		run := m.run(e.Name())
+		if r, err := readReport(run); err == nil && r.Ready && alive(run) {
+			out = append(out, Status{e.Name(), filepath.Join(run, "mnt")})
+		}
+	}
+	return out, nil
+}
+
+// clean removes what a dead server has left: a mount whose disk is gone, and a FUSE mount without a server. The loop
+// device goes with the mount.
+func (m *Manager) clean(id string) error {
+	run := m.run(id)
+	for _, d := range []string{"mnt", "fuse"} {
+		for {
+			err := unix.Unmount(filepath.Join(run, d), unix.MNT_DETACH)
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+				break
+			}
+			if err != nil {
+				return fmt.Errorf("unmount: %w", err)
+			}
+		}
+	}
+	return os.RemoveAll(run)
+}
+
+func alive(run string) bool {
+	f, err := os.Open(filepath.Join(run, "lock"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+func readReport(run string) (report, error) {
+	var r report
+	b, err := os.ReadFile(filepath.Join(run, "status.json"))
+	if err == nil {
+		err = json.Unmarshal(b, &r)
+	}
+	return r, err
+}
+
+func writeReport(run string, r report) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	p := filepath.Join(run, "status.json")
+	if err := os.WriteFile(p+".tmp", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(p+".tmp", p)
+}
+
+func kindOf(err error) string {
+	switch {
+	case errors.Is(err, ErrLost):
+		return "lost"
+	case errors.Is(err, ErrKey):
+		return "key"
+	case errors.Is(err, ErrFormat):
+		return "format"
+	}
+	return ""
+}
+
+// clear removes the key from a string that an error may carry. Errors here never hold one; this keeps it so.
+func safe(err error) string { return strings.ToValidUTF8(err.Error(), "?") }
