@@ -66,15 +66,43 @@ func (r *Runner) Unpack(ctx context.Context, blobs Blobs, manifest string) (Imag
 }
 
 func (r *Runner) unpack(ctx context.Context, blobs Blobs, manifest string) (Image, error) {
-	raw, err := readBlob(ctx, blobs, manifest, maxManifest)
+	raw, err := readBlob(ctx, blobs, manifest, -1, maxManifest)
 	if err != nil {
 		return Image{}, err
 	}
-	var m ocispec.Manifest
+	// An index names a manifest for each platform. Which of the two a blob is shows in its fields, since a registry's media
+	// type is outside the digest; one that has both is refused, so that nobody reads it in another way than we do.
+	type either struct {
+		ocispec.Manifest
+		Manifests []ocispec.Descriptor `json:"manifests"`
+	}
+	var m either
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return Image{}, fmt.Errorf("%w: manifest: %w", ErrImage, err)
 	}
-	raw, err = readBlob(ctx, blobs, string(m.Config.Digest), maxConfig)
+	if len(m.Manifests) > 0 {
+		if len(m.Layers) > 0 || m.Config.Digest != "" {
+			return Image{}, fmt.Errorf("%w: it is both an index and a manifest", ErrImage)
+		}
+		i := slices.IndexFunc(m.Manifests, func(d ocispec.Descriptor) bool {
+			return d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == "amd64"
+		})
+		if i < 0 {
+			return Image{}, fmt.Errorf("%w: none of its %d manifests is for linux/amd64", ErrImage, len(m.Manifests))
+		}
+		d := m.Manifests[i]
+		if raw, err = readBlob(ctx, blobs, string(d.Digest), d.Size, maxManifest); err != nil {
+			return Image{}, err
+		}
+		m = either{}
+		if err := json.Unmarshal(raw, &m); err != nil {
+			return Image{}, fmt.Errorf("%w: manifest: %w", ErrImage, err)
+		}
+		if len(m.Manifests) > 0 {
+			return Image{}, fmt.Errorf("%w: an index in an index", ErrImage)
+		}
+	}
+	raw, err = readBlob(ctx, blobs, string(m.Config.Digest), m.Config.Size, maxConfig)
 	if err != nil {
 		return Image{}, fmt.Errorf("config: %w", err)
 	}
@@ -113,7 +141,8 @@ func digestHex(d string) (string, error) {
 	return h, nil
 }
 
-func readBlob(ctx context.Context, blobs Blobs, digest string, limit int64) ([]byte, error) {
+// readBlob reads a small blob; size is what its descriptor says, or negative.
+func readBlob(ctx context.Context, blobs Blobs, digest string, size, limit int64) ([]byte, error) {
 	want, err := digestHex(digest)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrImage, err)
@@ -129,6 +158,9 @@ func readBlob(ctx context.Context, blobs Blobs, digest string, limit int64) ([]b
 	}
 	if int64(len(b)) > limit {
 		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrImage, digest, limit)
+	}
+	if size >= 0 && int64(len(b)) != size {
+		return nil, fmt.Errorf("%w: %s has %d bytes, its descriptor says %d", ErrImage, digest, len(b), size)
 	}
 	if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != want {
 		return nil, fmt.Errorf("%w: bytes of %s have another digest", ErrImage, digest)
@@ -151,8 +183,17 @@ func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrImage, err)
 	}
-	tmp, err := os.MkdirTemp(mustDir(filepath.Join(r.cfg.Dir, "layers")), ".unpack-*")
-	if err != nil {
+	if desc.Size < 0 {
+		return 0, fmt.Errorf("%w: size %d", ErrImage, desc.Size)
+	}
+	if err := os.MkdirAll(filepath.Join(r.cfg.Dir, "layers"), 0o700); err != nil {
+		return 0, err
+	}
+	tmp := filepath.Join(r.cfg.Dir, "layers", unpacking+id) // one name, so that what a killed process left is found
+	if err := os.RemoveAll(tmp); err != nil {
+		return 0, err
+	}
+	if err := os.Mkdir(tmp, 0o700); err != nil {
 		return 0, err
 	}
 	defer os.RemoveAll(tmp)
@@ -170,7 +211,7 @@ func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor
 		return 0, fmt.Errorf("%w: %w", ErrImage, err)
 	}
 	defer done()
-	diff := &counter{r: plain, h: sha256.New(), limit: room + room/8 + 64<<20} // headers and padding of the tar come on top
+	diff := &counter{r: plain, h: sha256.New(), limit: room + room/8 + 64<<20, packed: packed} // headers and padding of the tar come on top
 	if size, err = untar(ctx, diff, tmp, room); err != nil {
 		return 0, err
 	}
@@ -195,24 +236,33 @@ func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor
 	return size, writeJSON(dir+".json", size)
 }
 
-func mustDir(d string) string {
-	os.MkdirAll(d, 0o700) // the caller's next call says what is wrong
-	return d
+// unpacking is how the directory of a layer begins that is not there yet.
+const unpacking = ".unpack-"
+
+// counter hashes and counts what is read, and fails at its limits.
+type counter struct {
+	r      io.Reader
+	h      hash.Hash
+	n      int64
+	limit  int64
+	packed *counter // where its bytes come from, if they are compressed
 }
 
-// counter hashes and counts what is read, and fails at its limit.
-type counter struct {
-	r     io.Reader
-	h     hash.Hash
-	n     int64
-	limit int64
-}
+// No honest layer shrinks to less than a part in maxRatio; what is small may.
+const (
+	maxRatio  = 256
+	freeRatio = 32 << 20
+)
 
 func (c *counter) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.h.Write(p[:n])
-	if c.n += int64(n); c.limit > 0 && c.n > c.limit {
+	c.n += int64(n)
+	switch {
+	case c.limit > 0 && c.n > c.limit:
 		return n, fmt.Errorf("%w: it unpacks to more than is allowed", ErrImage)
+	case c.packed != nil && c.n > freeRatio && c.n/maxRatio > c.packed.n:
+		return n, fmt.Errorf("%w: it unpacks to more than %d times its size", ErrImage, maxRatio)
 	}
 	return n, err
 }
@@ -263,6 +313,9 @@ func untar(ctx context.Context, r io.Reader, dir string, room int64) (int64, err
 		if err != nil {
 			return 0, fmt.Errorf("%w: %w", ErrImage, err)
 		}
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue // a comment, as git writes it
+		}
 		if entries >= maxEntries {
 			return 0, fmt.Errorf("%w: more than %d entries", ErrImage, maxEntries)
 		}
@@ -304,19 +357,27 @@ func unpackEntry(root *os.Root, r io.Reader, h *tar.Header) error {
 	}
 	switch {
 	case base == opaque:
-		return onDir(root, parent, func(fd int) error { return unix.Fsetxattr(fd, "trusted.overlay.opaque", []byte("y"), 0) })
+		return onDir(root, parent, setOpaque)
 	case strings.HasPrefix(base, whiteout):
 		gone := strings.TrimPrefix(base, whiteout)
 		if gone == "" || gone == "." || gone == ".." {
 			return fmt.Errorf("%w: whiteout of nothing", ErrImage)
 		}
-		if err := root.RemoveAll(path.Join(parent, gone)); err != nil {
+		// It hides what is below, not what this layer itself has put there.
+		switch st, err := root.Lstat(path.Join(parent, gone)); {
+		case errors.Is(err, fs.ErrNotExist):
+			return onDir(root, parent, func(fd int) error { return unix.Mknodat(fd, gone, unix.S_IFCHR, 0) })
+		case err != nil:
 			return fmt.Errorf("%w: %w", ErrImage, err)
+		case st.IsDir():
+			return onDir(root, path.Join(parent, gone), setOpaque)
 		}
-		return onDir(root, parent, func(fd int) error { return unix.Mknodat(fd, gone, unix.S_IFCHR, 0) })
+		return nil
 	}
 	// A later entry replaces an earlier one; a directory stays and takes the new attributes.
+	hidden := false
 	if st, err := root.Lstat(name); err == nil && (!st.IsDir() || h.Typeflag != tar.TypeDir) {
+		hidden = st.Mode()&fs.ModeCharDevice != 0 // the only ones are our whiteouts
 		if err := root.RemoveAll(name); err != nil {
 			return fmt.Errorf("%w: %w", ErrImage, err)
 		}
@@ -325,6 +386,11 @@ func unpackEntry(root *os.Root, r io.Reader, h *tar.Header) error {
 	case tar.TypeDir:
 		if err := root.Mkdir(name, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		if hidden {
+			if err := onDir(root, name, setOpaque); err != nil {
+				return err
+			}
 		}
 	case tar.TypeReg:
 		f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -363,6 +429,9 @@ func onDir(root *os.Root, dir string, f func(fd int) error) error {
 	defer d.Close()
 	return f(int(d.Fd()))
 }
+
+// setOpaque hides what layers below have in a directory.
+func setOpaque(fd int) error { return unix.Fsetxattr(fd, "trusted.overlay.opaque", []byte("y"), 0) }
 
 func lchown(root *os.Root, name string, h *tar.Header) error {
 	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) > 1<<31-1 || int64(h.Gid) > 1<<31-1 {
@@ -435,15 +504,20 @@ func (r *Runner) Prune(ctx context.Context, keep []Image) error {
 		return fmt.Errorf("prune layers: %w", err)
 	}
 	for _, l := range layers {
-		if !l.IsDir() || used[l.Name()] || ctx.Err() != nil {
+		id := strings.TrimPrefix(strings.TrimSuffix(l.Name(), ".json"), unpacking)
+		if used[id] || ctx.Err() != nil {
 			continue
 		}
-		unlock := r.lock("layer-" + l.Name())
-		p := filepath.Join(r.cfg.Dir, "layers", l.Name())
-		err := errors.Join(removeIfThere(p+".json"), os.RemoveAll(p))
+		unlock, ok := r.tryLock("layer-" + id)
+		if !ok {
+			continue // it is just being unpacked
+		}
+		p := filepath.Join(r.cfg.Dir, "layers", id)
+		// The mark goes first: a layer without one is unpacked anew.
+		err := errors.Join(removeIfThere(p+".json"), os.RemoveAll(p), os.RemoveAll(filepath.Join(r.cfg.Dir, "layers", unpacking+id)))
 		unlock()
 		if err != nil {
-			return fmt.Errorf("prune layer %s: %w", l.Name(), err)
+			return fmt.Errorf("prune layer %s: %w", id, err)
 		}
 	}
 	return ctx.Err()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -56,18 +57,18 @@ func capabilities(add, drop []string) ([]string, error) {
 	return caps, nil
 }
 
-// ociSpec is the runtime specification of a sandbox, and its user as "uid:gid".
-func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error) {
+// ociSpec is the runtime specification of a sandbox.
+func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, error) {
 	caps, err := capabilities(s.CapAdd, s.CapDrop)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	args := s.Args
 	if len(args) == 0 {
 		args = slices.Concat(s.Image.Entrypoint, s.Image.Cmd)
 	}
 	if len(args) == 0 {
-		return nil, "", errors.New("neither the image nor the spec names a command")
+		return nil, errors.New("neither the image nor the spec names a command")
 	}
 	cwd := s.Cwd
 	if cwd == "" {
@@ -80,11 +81,15 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 	if user == "" {
 		user = s.Image.User
 	}
-	u, err := resolveUser(rootfs, user)
+	u, home, err := resolveUser(rootfs, user)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	env := environment(s.Image.Env, s.Env)
+	base := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + home}
+	if s.Hostname != "" {
+		base = append(base, "HOSTNAME="+s.Hostname)
+	}
+	env := environment(base, s.Image.Env, s.Env)
 	spec := &specs.Spec{
 		Version: "1.1.0",
 		Root:    &specs.Root{Path: rootfs, Readonly: s.ReadOnly},
@@ -104,6 +109,10 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 			Namespaces: []specs.LinuxNamespace{{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace}},
 		},
 	}
+	if s.Pids > 0 {
+		// gVisor's kernel counts the workload's processes and threads against this, for each user.
+		spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NPROC", Hard: uint64(s.Pids), Soft: uint64(s.Pids)}}
+	}
 	if u.UID != 0 {
 		spec.Process.Capabilities.Effective, spec.Process.Capabilities.Permitted = nil, nil
 	}
@@ -114,7 +123,7 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 	}
 	for _, m := range s.Mounts {
 		if !filepath.IsAbs(m.Target) || filepath.Clean(m.Target) == "/" {
-			return nil, "", fmt.Errorf("mount at %q: want an absolute path below /", m.Target)
+			return nil, fmt.Errorf("mount at %q: want an absolute path below /", m.Target)
 		}
 		om := specs.Mount{Destination: filepath.Clean(m.Target), Type: "bind", Source: m.Source, Options: []string{"rbind", "nosuid", "nodev"}}
 		if m.Tmpfs {
@@ -124,7 +133,7 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 			}
 			om = specs.Mount{Destination: om.Destination, Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=1777", fmt.Sprintf("size=%d", size)}}
 		} else if !filepath.IsAbs(m.Source) {
-			return nil, "", fmt.Errorf("mount at %q: source %q is not an absolute path", m.Target, m.Source)
+			return nil, fmt.Errorf("mount at %q: source %q is not an absolute path", m.Target, m.Source)
 		}
 		if m.ReadOnly {
 			om.Options = append(om.Options, "ro")
@@ -134,7 +143,7 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 	for i, f := range s.Files {
 		src, err := placeFile(b, i, &f)
 		if err != nil {
-			return nil, "", err
+			return nil, err
 		}
 		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: filepath.Clean(f.Path), Type: "bind", Source: src, Options: []string{"bind", "ro", "nosuid", "nodev"}})
 	}
@@ -142,11 +151,16 @@ func (r *Runner) ociSpec(b, rootfs string, s *Spec) (*specs.Spec, string, error)
 		spec.Linux.CgroupsPath = filepath.Join(r.cfg.Cgroup, s.ID)
 		spec.Linux.Resources = resources(s)
 	}
-	return spec, fmt.Sprintf("%d:%d", u.UID, u.GID), nil
+	return spec, nil
 }
 
-// hostTasks is what gVisor's own threads may need beside the workload's, one task of the machine each.
-const hostTasks = 192
+// The machine's own limit stands behind the one that gVisor's kernel keeps, for a workload that has got around that one or
+// has the right to (CAP_SYS_ADMIN). A task of the workload may need several of the machine, and gVisor has some of its own; when
+// the machine refuses one, gVisor ends, so that a workload within its limit must not get there.
+const (
+	hostTasks    = 192
+	tasksPerTask = 4
+)
 
 func resources(s *Spec) *specs.LinuxResources {
 	res := &specs.LinuxResources{}
@@ -159,7 +173,7 @@ func resources(s *Spec) *specs.LinuxResources {
 		res.CPU = &specs.LinuxCPU{Period: &period, Quota: &quota}
 	}
 	if s.Pids > 0 {
-		n := s.Pids + hostTasks
+		n := s.Pids*tasksPerTask + hostTasks
 		res.Pids = &specs.LinuxPids{Limit: n}
 	}
 	return res
@@ -188,11 +202,11 @@ func placeFile(b string, i int, f *File) (string, error) {
 	return p, nil
 }
 
-// environment lays over on top of base, and gives a PATH where neither does.
-func environment(base, over []string) []string {
+// environment lays each of its layers over those before.
+func environment(layers ...[]string) []string {
 	var out []string
 	at := map[string]int{}
-	for _, e := range append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, slices.Concat(base, over)...) {
+	for _, e := range slices.Concat(layers...) {
 		k, _, _ := strings.Cut(e, "=")
 		if i, ok := at[k]; ok {
 			out[i] = e
@@ -207,65 +221,97 @@ func environment(base, over []string) []string {
 // maxAccounts bounds /etc/passwd and /etc/group of an image.
 const maxAccounts = 1 << 20
 
-// resolveUser reads a "user[:group]" of an image, by name or number.
-func resolveUser(rootfs, s string) (specs.User, error) {
-	var u specs.User
-	if s == "" {
-		return u, nil
-	}
+// resolveUser reads a "user[:group]" of an image, by name or number, with the groups that the image puts the user in
+// unless one is given, and finds the home directory.
+func resolveUser(rootfs, s string) (u specs.User, home string, err error) {
 	root, err := os.OpenRoot(rootfs) // no symbolic link of the image leads out of it
 	if err != nil {
-		return u, fmt.Errorf("user %q: %w", s, err)
+		return u, "", fmt.Errorf("user %q: %w", s, err)
 	}
 	defer root.Close()
 	name, group, hasGroup := strings.Cut(s, ":")
-	find := func(file, name string, by int) []string {
-		f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0)
-		if err != nil {
-			return nil
-		}
-		defer f.Close()
-		if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-			return nil
-		}
-		sc := bufio.NewScanner(io.LimitReader(f, maxAccounts))
-		for sc.Scan() {
-			if p := strings.Split(sc.Text(), ":"); len(p) > 3 && p[by] == name {
-				return p
-			}
-		}
-		return nil
+	if name == "" {
+		name = "0"
 	}
+	home = "/"
 	number := func(s string) (uint32, error) {
 		n, err := strconv.ParseUint(s, 10, 31)
 		return uint32(n), err
 	}
-	if u.UID, err = number(name); err != nil {
-		p := find("etc/passwd", name, 0)
-		if p == nil {
-			return u, fmt.Errorf("user %q is not in the image's /etc/passwd", name)
+	uid, err := number(name)
+	byName := err != nil
+	var account []string
+	for p := range accounts(root, "etc/passwd") {
+		if len(p) >= 7 && (byName && p[0] == name || !byName && p[2] == name) {
+			account = p
+			break
 		}
-		if u.UID, err = number(p[2]); err != nil {
-			return u, fmt.Errorf("user %q: %w", name, err)
+	}
+	switch {
+	case account != nil:
+		u.UID, err = number(account[2])
+		if err == nil {
+			u.GID, err = number(account[3])
 		}
-		if u.GID, err = number(p[3]); err != nil {
-			return u, fmt.Errorf("user %q: %w", name, err)
+		if err != nil {
+			return u, "", fmt.Errorf("user %q: %w", name, err)
 		}
-	} else if p := find("etc/passwd", name, 2); p != nil {
-		u.GID, _ = number(p[3])
+		if strings.HasPrefix(account[5], "/") {
+			home = account[5]
+		}
+	case byName:
+		return u, "", fmt.Errorf("user %q is not in the image's /etc/passwd", name)
+	default:
+		u.UID = uid
 	}
 	if hasGroup {
-		if u.GID, err = number(group); err != nil {
-			p := find("etc/group", group, 0)
-			if p == nil {
-				return u, fmt.Errorf("group %q is not in the image's /etc/group", group)
+		if u.GID, err = number(group); err == nil {
+			return u, home, nil
+		}
+		for p := range accounts(root, "etc/group") {
+			if len(p) >= 3 && p[0] == group {
+				if u.GID, err = number(p[2]); err != nil {
+					return u, "", fmt.Errorf("group %q: %w", group, err)
+				}
+				return u, home, nil
 			}
-			if u.GID, err = number(p[2]); err != nil {
-				return u, fmt.Errorf("group %q: %w", group, err)
+		}
+		return u, "", fmt.Errorf("group %q is not in the image's /etc/group", group)
+	}
+	if account == nil {
+		return u, home, nil
+	}
+	for p := range accounts(root, "etc/group") {
+		if len(p) < 4 || !slices.Contains(strings.Split(p[3], ","), account[0]) {
+			continue
+		}
+		if gid, err := number(p[2]); err == nil && gid != u.GID && len(u.AdditionalGids) < maxGroups {
+			u.AdditionalGids = append(u.AdditionalGids, gid)
+		}
+	}
+	return u, home, nil
+}
+
+// maxGroups bounds the groups of a user.
+const maxGroups = 64
+
+// accounts reads the lines of an image's /etc/passwd or /etc/group; one that is not a file has none.
+func accounts(root *os.Root, name string) iter.Seq[[]string] {
+	return func(yield func([]string) bool) {
+		f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return
+		}
+		defer f.Close()
+		if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+			return
+		}
+		for sc := bufio.NewScanner(io.LimitReader(f, maxAccounts)); sc.Scan(); {
+			if !yield(strings.Split(sc.Text(), ":")) {
+				return
 			}
 		}
 	}
-	return u, nil
 }
 
 // mountRoot lays the layers of an image over each other. The upper directory takes the mount points that the image does
@@ -274,36 +320,43 @@ func mountRoot(dir, b string, img Image) error {
 	if len(img.Layers) == 0 {
 		return errors.New("image has no layers")
 	}
-	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("overlay: %w", err)
-	}
-	defer unix.Close(fd)
-	var lower []string // the image's last layer is the top
-	for _, l := range slices.Backward(img.Layers) {
-		lower = append(lower, filepath.Join(dir, "layers", l))
-	}
-	// One by one where the kernel can (6.8 and later), so that the list may be longer than an option string.
-	for i, l := range lower {
-		if err = unix.FsconfigSetString(fd, "lowerdir+", l); err != nil && i == 0 {
-			err = unix.FsconfigSetString(fd, "lowerdir", strings.Join(lower, ":"))
-			break
+	// By file descriptor, since the kernel takes only a page of options and 127 layers have long names.
+	var open []*os.File
+	defer func() {
+		for _, f := range open {
+			f.Close()
 		}
+	}()
+	name := func(p string) (string, error) {
+		f, err := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return "", err
+		}
+		open = append(open, f)
+		return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())), nil
 	}
-	err = errors.Join(err, unix.FsconfigSetString(fd, "upperdir", filepath.Join(b, "upper")), unix.FsconfigSetString(fd, "workdir", filepath.Join(b, "work")))
-	if err == nil {
-		err = unix.FsconfigCreate(fd)
+	var names []string // the image's last layer is the top
+	for _, l := range slices.Backward(img.Layers) {
+		if _, err := digestHex("sha256:" + l); err != nil {
+			return fmt.Errorf("layer: %w", err)
+		}
+		n, err := name(filepath.Join(dir, "layers", l))
+		if err != nil {
+			return fmt.Errorf("layer: %w", err)
+		}
+		names = append(names, n)
 	}
+	upper, err := name(filepath.Join(b, "upper"))
 	if err != nil {
-		return fmt.Errorf("overlay: %w", err)
+		return err
 	}
-	m, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NODEV)
+	work, err := name(filepath.Join(b, "work"))
 	if err != nil {
-		return fmt.Errorf("overlay: %w", err)
+		return err
 	}
-	defer unix.Close(m)
-	if err := unix.MoveMount(m, "", unix.AT_FDCWD, filepath.Join(b, "rootfs"), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("overlay: %w", err)
+	options := "lowerdir=" + strings.Join(names, ":") + ",upperdir=" + upper + ",workdir=" + work
+	if err := unix.Mount("overlay", filepath.Join(b, "rootfs"), "overlay", unix.MS_NODEV, options); err != nil {
+		return fmt.Errorf("mount root of %d layers: %w", len(names), err)
 	}
 	return nil
 }

@@ -6,7 +6,8 @@
 // runsc's state, logs. Nothing is written anywhere else, so that a disk never sees it.
 //
 //	layers/HEX        one unpacked layer, by the SHA-256 of its tar (diffID)
-//	bundles/ID        one sandbox: spec.json, config.json, files/, rootfs (overlay of the layers), status.json, lock
+//	bundles/ID        one sandbox: spec.json, config.json, files/, rootfs (overlay of the layers), status.json, lock, logs of shim
+//	                  and runsc
 //	runsc/            runsc's own state
 //	logs/ID/          what it wrote, the newest in "log", older in "log.1"
 //
@@ -36,6 +37,7 @@ import (
 	"sync"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -114,7 +116,12 @@ type Runner struct {
 	cfg Config
 	log *slog.Logger
 	mu  sync.Mutex
-	ids map[string]*sync.Mutex // one change of a sandbox at a time
+	ids map[string]*idLock // one change of a sandbox at a time
+}
+
+type idLock struct {
+	sync.Mutex
+	users int
 }
 
 var idForm = regexp.MustCompile(`^[a-z0-9-]{1,63}$`)
@@ -130,20 +137,43 @@ func New(cfg Config) (*Runner, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Runner{cfg: cfg, log: cfg.Log, ids: map[string]*sync.Mutex{}}, nil
+	return &Runner{cfg: cfg, log: cfg.Log, ids: map[string]*idLock{}}, nil
 }
 
-// lock serialises the changes of one sandbox.
-func (r *Runner) lock(id string) func() {
+// lock serialises the changes of one sandbox or layer.
+func (r *Runner) lock(id string) (unlock func()) {
 	r.mu.Lock()
 	m := r.ids[id]
 	if m == nil {
-		m = &sync.Mutex{}
+		m = &idLock{}
 		r.ids[id] = m
 	}
+	m.users++
 	r.mu.Unlock()
 	m.Lock()
-	return m.Unlock
+	return func() { r.unlock(id, m) }
+}
+
+// tryLock is lock for whoever rather goes on than waits.
+func (r *Runner) tryLock(id string) (unlock func(), ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ids[id] != nil {
+		return nil, false
+	}
+	m := &idLock{users: 1}
+	m.Lock()
+	r.ids[id] = m
+	return func() { r.unlock(id, m) }, true
+}
+
+func (r *Runner) unlock(id string, m *idLock) {
+	m.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if m.users--; m.users == 0 {
+		delete(r.ids, id)
+	}
 }
 
 func (r *Runner) bundle(id string) string { return filepath.Join(r.cfg.Dir, "bundles", id) }
@@ -169,7 +199,6 @@ type shimFile struct {
 	Fenced bool
 	Logs   string
 	Cgroup string
-	User   string
 	Labels map[string]string
 }
 
@@ -191,7 +220,7 @@ func (r *Runner) Start(ctx context.Context, s Spec) error {
 	if err := r.clean(ctx, s.ID); err != nil {
 		return fmt.Errorf("sandbox %s: %w", s.ID, err)
 	}
-	if err := r.create(ctx, b, &s); err != nil {
+	if err := r.create(b, &s); err != nil {
 		return errors.Join(fmt.Errorf("sandbox %s: %w", s.ID, err), r.clean(context.WithoutCancel(ctx), s.ID))
 	}
 	if err := r.await(ctx, b); err != nil {
@@ -206,12 +235,21 @@ func sameSpec(a, b *Spec) bool {
 	return bytes.Equal(x, y)
 }
 
-// create writes the bundle and starts the shim.
-func (r *Runner) create(ctx context.Context, b string, s *Spec) error {
+// create writes the bundle and starts the shim. The lock comes first and shim.json last before the shim itself: what has a
+// free lock and no shim.json never ran, and is swept.
+func (r *Runner) create(b string, s *Spec) error {
 	for _, d := range []string{filepath.Join(b, "rootfs"), filepath.Join(b, "upper"), filepath.Join(b, "work"), filepath.Join(r.cfg.Dir, "runsc"), filepath.Join(r.cfg.Dir, "logs", s.ID)} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return err
 		}
+	}
+	lock, err := os.OpenFile(filepath.Join(b, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("lock: %w", err)
 	}
 	rootfs := filepath.Join(b, "rootfs")
 	if err := os.Chmod(filepath.Join(b, "upper"), 0o755); err != nil { // it is the sandbox's /
@@ -220,13 +258,13 @@ func (r *Runner) create(ctx context.Context, b string, s *Spec) error {
 	if err := mountRoot(r.cfg.Dir, b, s.Image); err != nil {
 		return err
 	}
-	oci, user, err := r.ociSpec(b, rootfs, s)
+	oci, err := r.ociSpec(b, rootfs, s)
 	if err != nil {
 		return err
 	}
 	shim := shimFile{
 		ID: s.ID, Runsc: append([]string{r.cfg.Runsc}, r.flags(b)...), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
-		Fenced: s.Fenced, Logs: filepath.Join(r.cfg.Dir, "logs", s.ID), User: user, Labels: s.Labels,
+		Fenced: s.Fenced, Logs: filepath.Join(r.cfg.Dir, "logs", s.ID), Labels: s.Labels,
 	}
 	if shim.Grace <= 0 {
 		shim.Grace = 10 * time.Second
@@ -237,22 +275,25 @@ func (r *Runner) create(ctx context.Context, b string, s *Spec) error {
 			return err
 		}
 	}
-	if err := errors.Join(writeJSON(filepath.Join(b, "config.json"), oci), writeJSON(filepath.Join(b, "shim.json"), shim), writeJSON(filepath.Join(b, "spec.json"), s)); err != nil {
+	for name, v := range map[string]any{"config.json": oci, "spec.json": s} {
+		if err := writeJSON(filepath.Join(b, name), v); err != nil {
+			return err
+		}
+	}
+	if err := writeJSON(filepath.Join(b, "shim.json"), shim); err != nil {
 		return err
 	}
-	lock, err := os.OpenFile(filepath.Join(b, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	said, err := os.OpenFile(filepath.Join(b, "shim.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("lock: %w", err)
-	}
+	defer said.Close()
 	// The shim inherits the lock with the open file; it is free only when the shim is gone.
 	argv := append(slices.Clone(r.cfg.Self), b)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/bin"}
+	cmd.Stderr = said
 	cmd.ExtraFiles = []*os.File{lock}
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
@@ -262,11 +303,14 @@ func (r *Runner) create(ctx context.Context, b string, s *Spec) error {
 	return nil
 }
 
-// flags are runsc's global flags.
+// flags are runsc's global flags. What is not here is at its default: no access to the machine's sockets, pipes and
+// devices, no set-user-ID, no debug logs, and a root that only this sandbox changes (--file-access=exclusive). Mounts stay
+// shared with the machine, so that what a workload has written to a volume survives the sandbox's being killed.
 func (r *Runner) flags(bundle string) []string {
 	f := []string{
 		"--root=" + filepath.Join(r.cfg.Dir, "runsc"), "--platform=systrap", "--network=sandbox", "--overlay2=root:memory",
 		"--net-raw", // only for who is given CAP_NET_RAW; the overlay pins what may leave
+		"--host-settings=ignore",
 		"--log=" + filepath.Join(bundle, "runsc.log"), "--log-format=json",
 	}
 	if r.cfg.Cgroup == "" {
@@ -290,7 +334,8 @@ func (r *Runner) await(ctx context.Context, b string) error {
 		case err == nil && st.State == Exited:
 			return nil // it ran, and has ended already: List tells
 		case !alive(b):
-			return errors.New("its shim died")
+			said, _ := os.ReadFile(filepath.Join(b, "shim.log"))
+			return fmt.Errorf("its shim died: %.1000s", bytes.TrimSpace(said))
 		}
 		select {
 		case <-ctx.Done():
@@ -310,33 +355,75 @@ func alive(b string) bool {
 	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
-// Stop ends a sandbox and removes all of it but its logs. A sandbox that is not there is stopped.
+// Stop ends a sandbox and removes all of it but its logs, which are kept for a while. A sandbox that is not there is
+// stopped.
 func (r *Runner) Stop(ctx context.Context, id string) error {
 	if !idForm.MatchString(id) {
 		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", id)
 	}
 	defer r.lock(id)()
-	b := r.bundle(id)
-	var sh shimFile
-	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err == nil && alive(b) {
-		var st statusFile
-		if err := readJSON(filepath.Join(b, "status.json"), &st); err == nil && st.PID > 0 {
-			unix.Kill(st.PID, unix.SIGTERM) // the lock says that it is this shim
-		}
-		ctx, cancel := context.WithTimeout(ctx, sh.Grace+15*time.Second)
-		defer cancel()
-		for alive(b) {
-			select {
-			case <-ctx.Done():
-				return fmt.Errorf("stop sandbox %s: %w", id, ctx.Err())
-			case <-time.After(5 * time.Millisecond):
-			}
-		}
+	if err := r.end(ctx, id); err != nil {
+		return fmt.Errorf("stop sandbox %s: %w", id, err)
 	}
 	if err := r.clean(ctx, id); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", id, err)
 	}
+	return r.pruneLogs()
+}
+
+// Remove is Stop, and removes the logs too.
+func (r *Runner) Remove(ctx context.Context, id string) error {
+	if err := r.Stop(ctx, id); err != nil {
+		return err
+	}
+	defer r.lock(id)()
+	if err := os.RemoveAll(filepath.Join(r.cfg.Dir, "logs", id)); err != nil {
+		return fmt.Errorf("remove logs of %s: %w", id, err)
+	}
 	return nil
+}
+
+// end asks the shim to stop the sandbox, and returns when the shim is gone. A shim that does not obey is killed; the
+// kernel then kills what it runs.
+func (r *Runner) end(ctx context.Context, id string) error {
+	b := r.bundle(id)
+	var sh shimFile
+	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err != nil {
+		return nil // it never had a shim
+	}
+	asked := false
+	limit := time.Now().Add(sh.Grace + 15*time.Second)
+	for alive(b) {
+		switch late := time.Now().After(limit); {
+		case late && signalShim(b, unix.SIGKILL):
+			r.log.Warn("shim did not stop, killed it", "id", id)
+			limit = time.Now().Add(5 * time.Second)
+		case late:
+			return errors.New("its shim cannot be found")
+		case !asked:
+			asked = signalShim(b, unix.SIGTERM) // it has to say its process ID first
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// signalShim signals the process that holds the bundle's lock, and no other that got its number after it.
+func signalShim(b string, sig unix.Signal) bool {
+	var st statusFile
+	if readJSON(filepath.Join(b, "status.json"), &st) != nil || st.PID <= 0 {
+		return false
+	}
+	fd, err := unix.PidfdOpen(st.PID, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return alive(b) && unix.PidfdSendSignal(fd, sig, nil, 0) == nil
 }
 
 // clean removes what a dead or half-made sandbox has left.
@@ -353,13 +440,66 @@ func (r *Runner) clean(ctx context.Context, id string) error {
 			}
 		}
 	}
-	if err := unix.Unmount(filepath.Join(b, "rootfs"), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("unmount root: %w", err)
-	}
 	if r.cfg.Cgroup != "" {
 		removeCgroups(filepath.Join(r.cfg.Cgroup, id))
 	}
-	return os.RemoveAll(b)
+	for {
+		err := unix.Unmount(filepath.Join(b, "rootfs"), unix.MNT_DETACH)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			break // no longer a mount
+		}
+		if err != nil {
+			return fmt.Errorf("unmount root: %w", err)
+		}
+	}
+	if err := os.RemoveAll(b); err != nil {
+		return err
+	}
+	// runsc keeps an empty network namespace mounted for its file servers. Whoever starts next makes it anew.
+	if left, err := os.ReadDir(filepath.Join(r.cfg.Dir, "bundles")); err == nil && len(left) == 0 {
+		for unix.Unmount(filepath.Join(r.cfg.Dir, "runsc", "null-netns"), unix.MNT_DETACH) == nil {
+		}
+	}
+	return nil
+}
+
+// keptLogs is how many stopped sandboxes keep their logs.
+const keptLogs = 16
+
+// pruneLogs removes the oldest logs of sandboxes that are gone.
+func (r *Runner) pruneLogs() error {
+	type gone struct {
+		id   string
+		when time.Time
+	}
+	var all []gone
+	entries, err := os.ReadDir(filepath.Join(r.cfg.Dir, "logs"))
+	if err != nil {
+		return nil // nothing ever ran
+	}
+	for _, e := range entries {
+		if _, err := os.Stat(r.bundle(e.Name())); err == nil {
+			continue
+		}
+		g := gone{id: e.Name()}
+		if st, err := os.Stat(filepath.Join(r.cfg.Dir, "logs", e.Name(), "log")); err == nil {
+			g.when = st.ModTime()
+		}
+		all = append(all, g)
+	}
+	slices.SortFunc(all, func(a, b gone) int { return b.when.Compare(a.when) })
+	for _, g := range all[min(len(all), keptLogs):] {
+		unlock, ok := r.tryLock(g.id)
+		if !ok {
+			continue // it is just being started or stopped
+		}
+		err := os.RemoveAll(filepath.Join(r.cfg.Dir, "logs", g.id))
+		unlock()
+		if err != nil {
+			return fmt.Errorf("remove logs of %s: %w", g.id, err)
+		}
+	}
+	return nil
 }
 
 // runsc runs one command with a time-out and returns what it said.
@@ -385,9 +525,25 @@ func (r *Runner) List(ctx context.Context) ([]Status, error) {
 	for _, e := range entries {
 		if st, ok := r.status(e.Name()); ok {
 			out = append(out, st)
+		} else if err := r.sweep(ctx, e.Name()); err != nil {
+			r.log.Warn("sweep half-made sandbox", "id", e.Name(), "error", err)
 		}
 	}
 	return out, nil
+}
+
+// sweep removes what a caller that was killed left half made.
+func (r *Runner) sweep(ctx context.Context, id string) error {
+	unlock, ok := r.tryLock(id)
+	if !ok {
+		return nil // it is just being started or stopped
+	}
+	defer unlock()
+	b := r.bundle(id)
+	if _, err := os.Stat(filepath.Join(b, "shim.json")); err == nil || alive(b) {
+		return nil
+	}
+	return r.clean(ctx, id)
 }
 
 func (r *Runner) status(id string) (Status, bool) {
@@ -419,35 +575,80 @@ type ExecSpec struct {
 // maxOutput bounds what Exec returns.
 const maxOutput = 64 << 10
 
-// Exec runs a command inside a running sandbox and returns its exit code and the beginning of its output.
+// maxExec bounds a command whose context has no deadline.
+const maxExec = 10 * time.Minute
+
+// Exec runs a command inside a running sandbox, with the workload's environment and no more rights than it, and returns
+// its exit code and the beginning of its output. When ctx ends first the command is killed.
 func (r *Runner) Exec(ctx context.Context, id string, x ExecSpec) (int, []byte, error) {
+	code, out, err := r.exec(ctx, id, x)
+	if err != nil {
+		return 0, out, fmt.Errorf("exec in %s: %w", id, err)
+	}
+	return code, out, nil
+}
+
+func (r *Runner) exec(ctx context.Context, id string, x ExecSpec) (int, []byte, error) {
+	if !idForm.MatchString(id) || len(x.Args) == 0 {
+		return 0, nil, errors.New("want an ID and a command")
+	}
 	b := r.bundle(id)
-	var sh shimFile
-	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err != nil {
-		return 0, nil, fmt.Errorf("exec in %s: %w", id, err)
+	var spec specs.Spec
+	if err := readJSON(filepath.Join(b, "config.json"), &spec); err != nil {
+		return 0, nil, err
 	}
-	if x.User == "" {
-		x.User = sh.User
-	}
-	args := append(r.flags(b), "exec", "--user", x.User)
+	p := spec.Process
+	p.Args = x.Args
 	if x.Cwd != "" {
-		args = append(args, "--cwd", x.Cwd)
+		p.Cwd = x.Cwd
 	}
-	cmd := exec.CommandContext(ctx, r.cfg.Runsc, append(append(args, id), x.Args...)...)
+	if x.User != "" {
+		u, _, err := resolveUser(spec.Root.Path, x.User)
+		if err != nil {
+			return 0, nil, err
+		}
+		p.User = u
+		if u.UID != 0 {
+			p.Capabilities.Effective, p.Capabilities.Permitted = nil, nil
+		}
+	}
+	// By file, since an argument list is public on the machine, and health checks carry passwords.
+	dir, err := os.MkdirTemp(b, "exec-*")
+	if err != nil {
+		return 0, nil, err
+	}
+	defer os.RemoveAll(dir)
+	if err := writeJSON(filepath.Join(dir, "process.json"), p); err != nil {
+		return 0, nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxExec)
+	defer cancel()
+	pidFile := filepath.Join(dir, "pid")
+	cmd := exec.CommandContext(ctx, r.cfg.Runsc, append(r.flags(b), "exec", "--process", filepath.Join(dir, "process.json"), "--internal-pid-file", pidFile, id)...)
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.WaitDelay = time.Second
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) } // runsc passes it on
+	cmd.Cancel = func() error {
+		// Killing runsc would leave the command behind in the sandbox.
+		if pid, err := os.ReadFile(pidFile); err == nil && len(pid) > 0 {
+			if _, err := r.runsc(context.WithoutCancel(ctx), b, 5*time.Second, "kill", "--pgid", string(pid), id, "KILL"); err == nil {
+				return nil
+			}
+			r.runsc(context.WithoutCancel(ctx), b, 5*time.Second, "kill", "--pid", string(pid), id, "KILL")
+			return nil
+		}
+		return cmd.Process.Kill()
+	}
 	out := &limited{limit: maxOutput}
 	cmd.Stdout, cmd.Stderr = out, out
-	err := cmd.Run()
+	err = cmd.Run()
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return 0, out.Bytes(), fmt.Errorf("exec in %s: %w", id, ctx.Err())
+		return 0, out.Bytes(), ctx.Err()
 	case errors.As(err, &exit) && exit.Exited():
 		return exit.ExitCode(), out.Bytes(), nil
 	case err != nil:
-		return 0, out.Bytes(), fmt.Errorf("exec in %s: %w", id, err)
+		return 0, out.Bytes(), err
 	}
 	return 0, out.Bytes(), nil
 }
@@ -628,12 +829,19 @@ func makeMemoryGroup(group string, limit int64) error {
 	return nil
 }
 
-// removeCgroups removes a sandbox's groups. A group whose last process is just dying needs a moment.
+// removeCgroups removes a sandbox's groups, and kills what is still in them: nothing is to outlive its sandbox.
 func removeCgroups(group string) {
 	for _, r := range cgroupRoots() {
-		for range 50 {
-			if err := os.Remove(filepath.Join(r, group)); err == nil || !errors.Is(err, unix.EBUSY) {
+		dir := filepath.Join(r, group)
+		for range 100 {
+			if err := os.Remove(dir); err == nil || !errors.Is(err, unix.EBUSY) {
 				break
+			}
+			procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			for p := range strings.FieldsSeq(string(procs)) {
+				if pid, err := strconv.Atoi(p); err == nil && pid > 1 {
+					unix.Kill(pid, unix.SIGKILL)
+				}
 			}
 			time.Sleep(10 * time.Millisecond)
 		}

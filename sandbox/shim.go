@@ -2,8 +2,10 @@ package sandbox
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,9 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,107 +24,110 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a sandbox's logs: two files, and lines that are longer are cut into several.
+// Bounds of a sandbox's logs: two files, and longer lines are cut into several.
 const (
 	maxLog  = 2 << 20
 	maxLine = 16 << 10
 )
 
 // Shim runs one sandbox to its end. It is the body of a process of its own, which inherits the bundle's lock as file
-// descriptor 3. SIGTERM asks it to stop the workload.
+// descriptor 3. SIGTERM asks it to stop the workload. When it is killed itself, the kernel kills runsc and with it the
+// sandbox: a fenced workload never runs without its watchdog.
 func Shim(ctx context.Context, bundle string) error {
 	unix.CloseOnExec(3) // runsc must not hold the lock
-	// Secrets pass through this process: no core dump, no ptrace by others of the same user.
+	// Secrets pass through this process: no ptrace by others of the same user, and no core dumps, neither its own nor those
+	// of the sandbox, which would put the workload's memory on a disk.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("shim: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("shim: %w", err)
 	}
 	var cfg shimFile
 	if err := readJSON(filepath.Join(bundle, "shim.json"), &cfg); err != nil {
 		return fmt.Errorf("shim: %w", err)
 	}
-	s := &shim{cfg: cfg, bundle: bundle, st: statusFile{PID: os.Getpid(), State: "starting"}}
+	s := &shim{cfg: cfg, bundle: bundle, st: statusFile{PID: os.Getpid(), State: "starting"}, sandbox: -1}
 	stop := make(chan os.Signal, 4)
 	signal.Notify(stop, unix.SIGTERM, unix.SIGINT)
 	if err := s.save(); err != nil {
 		return fmt.Errorf("shim: %w", err)
 	}
-	return s.run(ctx, stop)
+	if err := s.run(ctx, stop); err != nil {
+		return fmt.Errorf("shim: %w", err)
+	}
+	return nil
 }
 
+// A shim is used by one goroutine.
 type shim struct {
-	cfg    shimFile
-	bundle string
-	mu     sync.Mutex
-	st     statusFile
+	cfg     shimFile
+	bundle  string
+	st      statusFile
+	runsc   *exec.Cmd
+	sandbox int // pidfd of gVisor's kernel once it is there, else -1
 }
 
-func (s *shim) save() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return writeJSON(filepath.Join(s.bundle, "status.json"), s.st)
-}
+func (s *shim) save() error { return writeJSON(filepath.Join(s.bundle, "status.json"), s.st) }
 
 func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
+	// The kernel's "parent died" goes by the thread that forked, so that this one must live as long as the process.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if s.cfg.Fenced && s.expired() {
+		return s.end(-1, "its lease ended")
+	}
 	log, err := openLog(s.cfg.Logs)
 	if err != nil {
-		return fmt.Errorf("shim: %w", err)
+		return err
 	}
 	defer log.close()
 	pidFile := filepath.Join(s.bundle, "pid")
-	argv := append(append([]string{}, s.cfg.Runsc...), "run", "--bundle", s.bundle, "--pid-file", pidFile, s.cfg.ID)
-	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd := exec.Command(s.cfg.Runsc[0], append(slices.Clone(s.cfg.Runsc[1:]), "run", "--bundle", s.bundle, "--pid-file", pidFile, s.cfg.ID)...)
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.Dir = "/"
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return fmt.Errorf("shim: %w", err)
+		return err
 	}
 	errs, err := cmd.StderrPipe()
 	if err != nil {
-		return fmt.Errorf("shim: %w", err)
+		return err
 	}
 	// A group of its own: a signal to the shim's group must reach the workload through Stop only.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return s.end(-1, fmt.Sprintf("start runsc: %v", err))
 	}
+	s.runsc = cmd
 	var pumps sync.WaitGroup
-	var lastErr tailWriter
-	pumps.Go(func() { log.copy(out, nil) })
-	pumps.Go(func() { log.copy(errs, &lastErr) })
+	pumps.Go(func() { log.copy(out) })
+	pumps.Go(func() { log.copy(errs) })
 	done := make(chan error, 1)
 	go func() {
 		pumps.Wait()
 		done <- cmd.Wait()
 	}()
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	reason := ""
 	var kill <-chan time.Time
-	started := false
 	for {
 		select {
 		case err := <-done:
-			return s.finish(err, started, reason, lastErr.String())
+			return s.finish(err, reason)
 		case <-tick.C:
-			if !started {
-				if b, err := os.ReadFile(pidFile); err == nil && len(b) > 0 {
-					started = true
-					s.mu.Lock()
-					s.st.State, s.st.Started = Running, time.Now()
-					s.mu.Unlock()
-					if err := s.save(); err != nil {
-						return fmt.Errorf("shim: %w", err)
-					}
-					tick.Reset(200 * time.Millisecond)
-				} else {
-					tick.Reset(5 * time.Millisecond)
+			if s.sandbox < 0 && s.found(pidFile) {
+				s.st.State, s.st.Started = Running, time.Now()
+				if err := s.save(); err != nil {
+					return err
 				}
+				tick.Reset(100 * time.Millisecond)
 			}
 			if s.cfg.Fenced && reason == "" && s.expired() {
 				// Whoever is assigned next may begin after lease and margin: no grace.
 				reason = "its lease ended"
-				s.command(10*time.Second, "kill", "--all", s.cfg.ID, "KILL")
+				s.kill()
 				kill = time.After(time.Second)
 			}
 		case <-stop:
@@ -127,20 +135,57 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 				break
 			}
 			reason = "stopped"
+			if s.sandbox < 0 {
+				s.kill() // there is nothing yet that could end in an orderly way
+				kill = time.After(time.Second)
+				break
+			}
 			sig := strings.TrimPrefix(s.cfg.Signal, "SIG")
 			if sig == "" {
 				sig = "TERM"
 			}
-			s.command(5*time.Second, "kill", s.cfg.ID, sig)
-			kill = time.After(s.cfg.Grace)
+			grace := time.NewTimer(s.cfg.Grace)
+			defer grace.Stop()
+			kill = grace.C
+			// Beside the loop, so that a runsc that hangs holds up neither the end of the grace nor the fence.
+			go s.command(min(s.cfg.Grace, 10*time.Second), "kill", s.cfg.ID, sig)
 		case <-kill:
-			s.command(10*time.Second, "kill", "--all", s.cfg.ID, "KILL")
-			s.command(10*time.Second, "delete", "--force", s.cfg.ID)
-			kill = time.After(5 * time.Second)
+			s.kill()
+			kill = time.After(time.Second)
 		case <-ctx.Done():
+			s.kill()
 			return ctx.Err()
 		}
 	}
+}
+
+// found reports whether runsc has named the process of the sandbox, and takes hold of it.
+func (s *shim) found(pidFile string) bool {
+	b, err := os.ReadFile(pidFile)
+	if err != nil {
+		return false
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 1 {
+		return false
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return false
+	}
+	s.sandbox = fd
+	return true
+}
+
+// kill ends the sandbox at once by ending gVisor's kernel, the parent of all that runs in it. It executes nothing and asks
+// nobody, so that it works on a machine that has no memory left, and whatever the workload does.
+func (s *shim) kill() {
+	if s.sandbox >= 0 {
+		if err := unix.PidfdSendSignal(s.sandbox, unix.SIGKILL, nil, 0); err == nil {
+			return
+		}
+	}
+	s.runsc.Process.Kill() // its children are killed with it
 }
 
 func (s *shim) expired() bool {
@@ -155,7 +200,8 @@ func (s *shim) expired() bool {
 	return ts.Nano() >= int64(binary.LittleEndian.Uint64(b))
 }
 
-// command runs runsc with a time-out; the container may be gone, so that an error says nothing.
+// command runs runsc with a time-out; the container may be gone, so that an error says nothing. It uses the configuration
+// only, so that it may run beside the loop.
 func (s *shim) command(limit time.Duration, args ...string) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
@@ -165,7 +211,7 @@ func (s *shim) command(limit time.Duration, args ...string) {
 	_ = cmd.Run()
 }
 
-func (s *shim) finish(err error, started bool, reason, said string) error {
+func (s *shim) finish(err error, reason string) error {
 	code := 0
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -175,24 +221,40 @@ func (s *shim) finish(err error, started bool, reason, said string) error {
 	} else if err != nil {
 		code, reason = -1, err.Error()
 	}
-	oom := s.outOfMemory()
+	s.st.OOM = s.outOfMemory()
 	s.command(20*time.Second, "delete", "--force", s.cfg.ID)
 	if f, err := os.Create(filepath.Join(s.bundle, "deleted")); err == nil {
 		f.Close()
 	}
-	if !started && reason == "" {
-		reason = fmt.Sprintf("runsc: exit code %d: %s", code, said)
+	if said := s.complaint(); reason == "" && s.st.OOM {
+		reason = "out of memory"
+	} else if reason == "" && said != "" {
+		reason = "runsc: " + said
+	} else if reason == "" && s.sandbox < 0 {
+		reason = fmt.Sprintf("runsc: exit code %d", code)
 	}
-	s.mu.Lock()
-	s.st.OOM = oom
-	s.mu.Unlock()
 	return s.end(code, reason)
 }
 
+// complaint is the last error in runsc's log: why it could not start the workload, or lost it.
+func (s *shim) complaint() string {
+	f, err := os.Open(filepath.Join(s.bundle, "runsc.log"))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	last := ""
+	for sc := bufio.NewScanner(io.LimitReader(f, maxLog)); sc.Scan(); {
+		var l struct{ Msg, Level string }
+		if json.Unmarshal(sc.Bytes(), &l) == nil && l.Level == "error" {
+			last = l.Msg
+		}
+	}
+	return fmt.Sprintf("%.1000s", last)
+}
+
 func (s *shim) end(code int, reason string) error {
-	s.mu.Lock()
 	s.st.State, s.st.ExitCode, s.st.Reason, s.st.Finished = Exited, code, reason, time.Now()
-	s.mu.Unlock()
 	return s.save()
 }
 
@@ -221,6 +283,7 @@ type logFile struct {
 	mu   sync.Mutex
 	f    *os.File
 	size int64
+	line []byte
 }
 
 func openLog(dir string) (*logFile, error) {
@@ -242,14 +305,11 @@ func (l *logFile) close() {
 }
 
 // copy writes lines until r ends. It never stops reading: a full log must not block the workload.
-func (l *logFile) copy(r io.Reader, also *tailWriter) {
+func (l *logFile) copy(r io.Reader) {
 	br := bufio.NewReaderSize(r, maxLine)
 	for {
 		line, err := br.ReadSlice('\n')
 		if len(line) > 0 {
-			if also != nil {
-				also.Write(line)
-			}
 			l.write(line)
 		}
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
@@ -258,41 +318,23 @@ func (l *logFile) copy(r io.Reader, also *tailWriter) {
 	}
 }
 
+// logTime is how each line begins, in UTC.
+const logTime = "2006-01-02T15:04:05.000Z "
+
 func (l *logFile) write(line []byte) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.size+int64(len(line))+1 > maxLog {
+	l.line = append(time.Now().UTC().AppendFormat(l.line[:0], logTime), bytes.TrimSuffix(line, []byte{'\n'})...)
+	l.line = append(l.line, '\n')
+	if l.size+int64(len(l.line)) > maxLog {
 		os.Rename(filepath.Join(l.dir, "log"), filepath.Join(l.dir, "log.1"))
 		if f, err := os.OpenFile(filepath.Join(l.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600); err == nil {
 			l.f.Close()
 			l.f, l.size = f, 0
+		} else {
+			return // rather lose a line than grow without bound
 		}
 	}
-	n, _ := l.f.Write(line)
+	n, _ := l.f.Write(l.line)
 	l.size += int64(n)
-	if len(line) > 0 && line[len(line)-1] != '\n' {
-		n, _ = l.f.Write([]byte{'\n'})
-		l.size += int64(n)
-	}
-}
-
-// tailWriter keeps the last bytes written, for a message.
-type tailWriter struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-func (t *tailWriter) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.b = append(t.b, p...); len(t.b) > 1000 {
-		t.b = t.b[len(t.b)-1000:]
-	}
-	return len(p), nil
-}
-
-func (t *tailWriter) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return strings.TrimSpace(string(t.b))
 }
