@@ -1,0 +1,896 @@
+// Package node is the agent on a machine that runs workloads. It reads from the ledger what belongs here, compares it
+// with what runs, and acts: overlay networks, volumes, sandboxes, and the routes that its Origin serves to gateways. It
+// is the only translator between a contract's words and those of the rooms below.
+//
+// It pulls; nothing is pushed to it and nothing reaches it from outside: it dials validators and gateways, and its
+// firewall drops the rest. What it starts outlives it: sandboxes, their watchdogs and volume servers go on when the
+// agent dies, and the next agent adopts them. On disk it keeps sealed blobs, encrypted volumes and its key, nothing else.
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"holdfast/api"
+	"holdfast/contract"
+	"holdfast/gateway"
+	"holdfast/internal/canonical"
+	"holdfast/ledger"
+	"holdfast/overlay"
+	"holdfast/reconcile"
+	"holdfast/sandbox"
+	"holdfast/seal"
+	"holdfast/store"
+	"holdfast/volume"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Config of an Agent.
+type Config struct {
+	Client *api.Client
+	Keys   *Keys
+	Data   string // on disk: sealed blobs, volume images
+	Run    string // on tmpfs: everything that must not reach a disk
+	Runsc  string // path of holdfast-runsc
+	Self   string // path of holdfast, for shims and volume servers
+	Cgroup string // parent of the workloads' cgroups
+	Log    *slog.Logger
+}
+
+// maxSealedBlob bounds a blob that a node keeps.
+const maxSealedBlob = 4 << 30
+
+// Agent runs what the ledger assigns to this node.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	client  *api.Client
+	blobs   *store.Dir
+	runner  *sandbox.Runner
+	volumes *volume.Manager
+	origin  *gateway.Origin
+	lease   *lease
+	view    *reconcile.Loop
+	beat    chan struct{}
+	ownTLS  *tls.Config
+	handler http.Handler
+	nonce   sync.Mutex // one transaction of this node at a time
+
+	mu       sync.Mutex
+	current  *View
+	bodies   map[contract.RevisionID]*opened
+	refused  map[contract.RevisionID]string // why a revision's body is not started
+	control  map[contract.WorkloadID]*controller
+	wanted   map[contract.WorkloadID]*Workload
+	meshes   map[string]*mesh
+	releases map[contract.WorkloadID]*Workload // last wanted form, for what release must undo
+
+	group    *errgroup.Group
+	groupCtx context.Context
+}
+
+// opened is a body that was verified against its header's commitments.
+type opened struct {
+	keys  *contract.Keys
+	body  *contract.Body
+	certs map[string]*tls.Config // by host; guarded by Agent.mu
+}
+
+// mesh is a running overlay network.
+type mesh struct {
+	net    *overlay.Network
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// New makes an Agent; nothing happens before Run.
+func New(cfg Config) (*Agent, error) {
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, client: cfg.Client,
+		blobs:  store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
+		lease:  &lease{path: filepath.Join(cfg.Run, "lease")},
+		beat:   make(chan struct{}, 1),
+		bodies: map[contract.RevisionID]*opened{}, refused: map[contract.RevisionID]string{},
+		control: map[contract.WorkloadID]*controller{}, wanted: map[contract.WorkloadID]*Workload{},
+		meshes: map[string]*mesh{}, releases: map[contract.WorkloadID]*Workload{},
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if a.runner, err = sandbox.New(sandbox.Config{
+		Runsc: cfg.Runsc, Self: []string{cfg.Self, "run", "shim"}, Dir: filepath.Join(cfg.Run, "sandbox"),
+		Cgroup: cfg.Cgroup, Lease: a.lease.path, Log: a.log,
+	}); err != nil {
+		return nil, err
+	}
+	if a.volumes, err = volume.New(volume.Config{
+		Self: []string{cfg.Self, "run", "volume"}, Dir: filepath.Join(cfg.Data, "volumes"), Run: filepath.Join(cfg.Run, "volumes"), Log: a.log,
+	}); err != nil {
+		return nil, err
+	}
+	if a.origin, err = gateway.NewOrigin(gateway.OriginConfig{Certificate: cfg.Keys.TLS, Log: a.log}); err != nil {
+		return nil, err
+	}
+	a.ownTLS = &tls.Config{Certificates: []tls.Certificate{cfg.Keys.TLS}, MinVersion: tls.VersionTLS13}
+	a.handler = a.logHandler()
+	a.view = reconcile.New(reconcile.Config{Name: "view", Resync: 10 * time.Second, Max: 3 * time.Second, Log: a.log, Step: a.reconcile})
+	return a, nil
+}
+
+// Run keeps the node as the ledger says until ctx ends. Workloads go on; only what lives in this process ends.
+func (a *Agent) Run(ctx context.Context) error {
+	for _, d := range []string{a.cfg.Run, a.cfg.Data} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return fmt.Errorf("node directory: %w", err)
+		}
+	}
+	if err := a.lease.open(); err != nil {
+		return err
+	}
+	// Closed before anything else is opened; the reconciled rules follow with the first view.
+	if err := (overlay.Firewall{Log: a.log}).Apply(); err != nil {
+		return fmt.Errorf("firewall: %w", err)
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	a.group, a.groupCtx = g, gctx
+	g.Go(func() error { return a.view.Run(gctx) })
+	g.Go(func() error { return a.watch(gctx) })
+	g.Go(func() error { return a.heartbeats(gctx) })
+	g.Go(func() error { return a.origin.Run(gctx) })
+	g.Go(func() error { return a.events(gctx) })
+	err := g.Wait()
+	if ctx.Err() != nil {
+		return nil // asked to stop
+	}
+	return err
+}
+
+// watch wakes the view when the ledger changes.
+func (a *Agent) watch(ctx context.Context) error {
+	height := int64(0)
+	for {
+		h, err := a.client.Watch(ctx, height)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(500 * time.Millisecond):
+			}
+		case h != height:
+			height = h
+			a.view.Wake()
+		}
+	}
+}
+
+// events wakes the controller of a workload whose sandbox changed.
+func (a *Agent) events(ctx context.Context) error {
+	for range a.runner.Watch(ctx) {
+		a.mu.Lock()
+		for _, c := range a.control {
+			c.loop.Wake()
+		}
+		a.mu.Unlock()
+	}
+	return ctx.Err()
+}
+
+// changed is called when a workload's report changed.
+func (a *Agent) changed() {
+	select {
+	case a.beat <- struct{}{}:
+	default:
+	}
+	a.setServices()
+	a.mu.Lock()
+	for _, c := range a.control { // somebody may wait for it
+		c.loop.Wake()
+	}
+	a.mu.Unlock()
+}
+
+// heartbeats tells the validators that this node lives and what it sees, and renews the lease when they heard it.
+func (a *Agent) heartbeats(ctx context.Context) error {
+	g := a.client.Genesis()
+	every := min(time.Second, g.Lease/4)
+	t := time.NewTicker(every)
+	defer t.Stop()
+	failing := false
+	for {
+		sent := bootTime()
+		h := &ledger.Heartbeat{Grid: a.client.Grid(), Node: a.cfg.Keys.ID, Sequence: uint64(time.Now().UnixNano()), Workloads: a.reports()}
+		h.Sign(a.cfg.Keys.Session)
+		hctx, cancel := context.WithTimeout(ctx, every+time.Second)
+		err := a.client.Heartbeat(hctx, h.Encode())
+		cancel()
+		if err == nil {
+			// Counted from before it was sent: the validator's lease began later than that.
+			if err = a.lease.renew(sent + g.Lease - g.Margin); err != nil {
+				return err
+			}
+		}
+		if (err != nil) != failing && ctx.Err() == nil {
+			failing = err != nil
+			if failing {
+				a.log.Warn("the ledger does not hear this node", "error", err)
+			} else {
+				a.log.Info("the ledger hears this node")
+				a.wakeAll()
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		case <-a.beat:
+			// A change is told at once, but not more often than this.
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}
+}
+
+func (a *Agent) wakeAll() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, c := range a.control {
+		c.loop.Wake()
+	}
+}
+
+func (a *Agent) reports() []ledger.Report {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var out []ledger.Report
+	for id := range a.wanted {
+		if c := a.control[id]; c != nil {
+			if r, _ := c.status(); r.Workload == id {
+				out = append(out, r)
+			}
+		}
+	}
+	slices.SortFunc(out, func(x, y ledger.Report) int { return slices.Compare(x.Workload[:], y.Workload[:]) })
+	return out
+}
+
+// reconcile reads the view and sets the Spec of everything below. Each part has a loop of its own; what cannot be done
+// yet for one contract does not hold up another.
+func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
+	v, err := ReadView(ctx, a.client, a.client.Grid(), a.cfg.Keys.ID)
+	if err != nil {
+		return 0, err
+	}
+	var errs []error
+	meshes := []Mesh{systemMesh(v)}
+	want := map[contract.WorkloadID]*Workload{}
+	egress := map[string]map[netip.Addr][]overlay.Egress{}
+	for _, c := range v.Contracts {
+		o, err := a.open(ctx, c)
+		a.mu.Lock()
+		if err != nil {
+			a.refused[c.Revision] = err.Error()
+		} else {
+			delete(a.refused, c.Revision)
+		}
+		a.mu.Unlock()
+		if err != nil {
+			errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
+			a.keep(c, want, err) // what runs goes on; nothing new starts
+			continue
+		}
+		ms := contractMeshes(v, c, o.keys, o.body)
+		meshes = append(meshes, ms...)
+		for _, w := range workloads(v, c, o, ms) {
+			want[w.ID] = w
+			if rules := egressRules(w.Process); len(rules) > 0 {
+				if egress[w.Network] == nil {
+					egress[w.Network] = map[netip.Addr][]overlay.Egress{}
+				}
+				egress[w.Network][w.Address] = rules
+			}
+		}
+		if len(c.Missing) > 0 {
+			if err := a.handOn(ctx, c, o.keys); err != nil {
+				errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
+			}
+		}
+	}
+	a.mu.Lock()
+	a.current = v
+	a.mu.Unlock()
+	if err := a.setMeshes(meshes, egress); err != nil {
+		errs = append(errs, err)
+	}
+	fw := overlay.Firewall{Egress: len(egress) > 0, Log: a.log}
+	var members []netip.Addr
+	for _, p := range meshes[0].Peers {
+		members = append(members, p.Addrs[0].Addr())
+	}
+	fw.Access = []overlay.Access{{Interface: meshes[0].Name, Sources: members}}
+	if err := fw.Apply(); err != nil {
+		errs = append(errs, fmt.Errorf("firewall: %w", err))
+	}
+	a.setWorkloads(want)
+	a.setEdges(v)
+	a.setServices()
+	return 0, errors.Join(errs...)
+}
+
+// open returns the keys and body of a contract's current revision, fetched, verified against all three commitments.
+func (a *Agent) open(ctx context.Context, c *ContractView) (*opened, error) {
+	a.mu.Lock()
+	o := a.bodies[c.Revision]
+	a.mu.Unlock()
+	if o != nil {
+		return o, nil
+	}
+	if c.Envelope == nil {
+		return nil, errNoEnvelope
+	}
+	keys, err := c.Envelope.Open(a.cfg.Keys.Open)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := a.fetch(ctx, c.Header.SealedBody)
+	if err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	defer sealed.Close()
+	raw, err := io.ReadAll(io.LimitReader(sealed, contract.MaxBody+1<<10))
+	if err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	body, err := contract.Open(c.Header, keys, raw)
+	if err != nil {
+		return nil, err
+	}
+	o = &opened{keys, body, map[string]*tls.Config{}}
+	a.mu.Lock()
+	a.bodies[c.Revision] = o
+	a.mu.Unlock()
+	return o, nil
+}
+
+// fetch returns a sealed blob from disk, or from the grid through disk.
+func (a *Agent) fetch(ctx context.Context, d store.Digest) (io.ReadCloser, error) {
+	if have, err := a.blobs.Has(ctx, d); err != nil {
+		return nil, err
+	} else if !have {
+		r, _, err := a.client.OpenBlob(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		err = a.blobs.Put(ctx, d, r)
+		r.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	r, _, err := a.blobs.Open(ctx, d)
+	return r, err
+}
+
+// imageBlobs gives the sandbox the plaintext blobs of an image: fetched sealed, opened on the way, verified by it.
+func (a *Agent) imageBlobs(img *contract.Image) sandbox.Blobs {
+	return imageBlobs{a, img}
+}
+
+type imageBlobs struct {
+	agent *Agent
+	image *contract.Image
+}
+
+// Open implements sandbox.Blobs.
+func (b imageBlobs) Open(ctx context.Context, digest string) (io.ReadCloser, error) {
+	i := slices.IndexFunc(b.image.Blobs, func(x contract.Blob) bool { return x.Digest == digest })
+	if i < 0 {
+		return nil, fmt.Errorf("blob %s is not part of the contract", digest)
+	}
+	blob := &b.image.Blobs[i]
+	r, err := b.agent.fetch(ctx, blob.Sealed)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", digest, err)
+	}
+	plain, err := seal.NewReader(r, blob.Key)
+	if err != nil {
+		r.Close()
+		return nil, fmt.Errorf("blob %s: %w", digest, err)
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{plain, r}, nil
+}
+
+// keep leaves the workloads of a contract whose new revision cannot be opened as they are.
+func (a *Agent) keep(c *ContractView, want map[contract.WorkloadID]*Workload, why error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, as := range c.Assignments {
+		if as.Node != a.cfg.Keys.ID {
+			continue
+		}
+		if old := a.wanted[as.Workload]; old != nil && old.Epoch == as.Epoch {
+			want[as.Workload] = old
+			continue
+		}
+		want[as.Workload] = &Workload{
+			ID: as.Workload, Contract: c.Record.ID, Service: as.Service, Replica: as.Replica, Epoch: as.Epoch,
+			Revision: c.Header.Revision, Held: why.Error(), Process: &contract.Process{},
+		}
+	}
+}
+
+// workloads are those of one contract that are assigned here.
+func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
+	var out []*Workload
+	for _, as := range c.Assignments {
+		if as.Node != v.Self.ID {
+			continue
+		}
+		i := slices.IndexFunc(c.Header.Services, func(s contract.Service) bool { return s.Name == as.Service })
+		if i < 0 {
+			continue
+		}
+		s, p := &c.Header.Services[i], &o.body.Services[i]
+		w := &Workload{
+			ID: as.Workload, Contract: c.Record.ID, Name: fmt.Sprintf("%s/%s-%d", c.Record.Name, as.Service, as.Replica),
+			Service: as.Service, Replica: as.Replica, Epoch: as.Epoch, Revision: c.Header.Revision, Fenced: as.Fenced,
+			Process: p, Limits: *s, Keys: o.keys,
+		}
+		// A node that is back finds its volume's workload held until the ledger has seen it up.
+		if as.Reason != "" && !v.Self.Up {
+			w.Held = "the ledger has not heard this node for a lease"
+		} else if as.Reason != "" {
+			w.Held = as.Reason
+		}
+		for _, name := range s.Volumes {
+			if rec := c.Volumes[name]; rec != nil {
+				w.Volumes = append(w.Volumes, WorkVolume{ID: rec.ID, Name: name, Size: int64(rec.Size), Created: rec.Created, Key: o.keys.Volumes[name]})
+			}
+		}
+		if len(s.Networks) > 0 {
+			id := contract.NetworkOf(c.Record.ID, s.Networks[0])
+			for j := range ms {
+				if ms[j].Network == [32]byte(id) {
+					w.Network, w.Resolver, w.Address = ms[j].Name, ms[j].Self, overlay.Addr(id, as.Workload)
+				}
+			}
+		}
+		w.Instance = instance(w)
+		out = append(out, w)
+	}
+	return out
+}
+
+// instance names the sandbox of a workload. Everything that a running sandbox cannot change is in the name.
+func instance(w *Workload) string {
+	type part struct {
+		Process *contract.Process `cbor:"1,keyasint"`
+		Limits  contract.Service  `cbor:"2,keyasint"`
+		Address []byte            `cbor:"3,keyasint"`
+	}
+	p := *w.Process
+	p.DependsOn, p.Egress = nil, nil // need no restart
+	l := w.Limits
+	l.Replicas, l.Placement = 0, contract.Placement{}
+	d := canonical.Digest("holdfast/instance/v1", canonical.Encode(part{&p, l, w.Address.AsSlice()}))
+	return fmt.Sprintf("%x-%d-%x", w.ID[:6], w.Epoch, d[:4])
+}
+
+func egressRules(p *contract.Process) []overlay.Egress {
+	var out []overlay.Egress
+	for _, e := range p.Egress {
+		if pre, err := netip.ParsePrefix(e.Prefix); err == nil {
+			out = append(out, overlay.Egress{Prefix: pre, Proto: e.Proto, Port: e.Port})
+		}
+	}
+	return out
+}
+
+// handOn seals the keys for eligible nodes that have no envelope yet, so that the ledger can move work to them while
+// the owner sleeps.
+func (a *Agent) handOn(ctx context.Context, c *ContractView, keys *contract.Keys) error {
+	var es []contract.Envelope
+	for _, n := range c.Missing {
+		if len(es) == 16 {
+			break // the rest follows with the next view
+		}
+		e, err := contract.SealEnvelope(c.Revision, contract.RecipientNode, n.ID, &n.Sealing, keys)
+		if err != nil {
+			return err
+		}
+		es = append(es, *e)
+	}
+	return a.act(ctx, ledger.KindEnvelopePut, &ledger.EnvelopePut{Envelopes: es})
+}
+
+func (a *Agent) volumeCreated(ctx context.Context, id contract.VolumeID) error {
+	rec, err := api.Get[ledger.Volume](ctx, a.client, ledger.VolumeKey(id))
+	if err != nil {
+		return err
+	}
+	if rec.Created {
+		return nil
+	}
+	return a.act(ctx, ledger.KindVolumeCreated, &ledger.VolumeCreated{Volume: id})
+}
+
+func (a *Agent) act(ctx context.Context, kind ledger.Kind, payload any) error {
+	a.nonce.Lock()
+	defer a.nonce.Unlock()
+	_, err := a.client.Act(ctx, kind, ledger.Actor{Node: true, ID: a.cfg.Keys.ID}, payload, a.cfg.Keys.Sign)
+	return err
+}
+
+// setMeshes starts, changes and ends overlay networks.
+func (a *Agent) setMeshes(want []Mesh, egress map[string]map[netip.Addr][]overlay.Egress) error {
+	var errs []error
+	names := map[string]bool{}
+	for i := range want {
+		m := &want[i]
+		names[m.Name] = true
+		a.mu.Lock()
+		run := a.meshes[m.Name]
+		a.mu.Unlock()
+		if run == nil {
+			n, err := overlay.New(overlay.Config{
+				Network: m.Network, Name: m.Name, Port: m.Port, PrivateKey: a.cfg.Keys.WireGuard, Self: m.Self,
+				Dir: a.netDir(), InMain: m.Name == "sys", Log: a.log,
+			})
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			ctx, cancel := context.WithCancel(a.groupCtx)
+			run = &mesh{n, cancel, make(chan struct{})}
+			errs = append(errs, set(n, m, egress[m.Name]))
+			a.group.Go(func() error { a.runMesh(ctx, m.Name, run); return nil })
+			a.mu.Lock()
+			a.meshes[m.Name] = run
+			a.mu.Unlock()
+			continue
+		}
+		errs = append(errs, set(run.net, m, egress[m.Name]))
+	}
+	a.mu.Lock()
+	var gone []string
+	for name := range a.meshes {
+		if !names[name] && !a.inUse(name) {
+			gone = append(gone, name)
+		}
+	}
+	a.mu.Unlock()
+	left, err := overlay.List(a.netDir())
+	if err != nil {
+		errs = append(errs, err)
+	}
+	for _, name := range left { // of an agent before this one
+		if !names[name] && !slices.Contains(gone, name) && !a.networkUsed(name) {
+			gone = append(gone, name)
+		}
+	}
+	for _, name := range gone {
+		a.mu.Lock()
+		run := a.meshes[name]
+		delete(a.meshes, name)
+		a.mu.Unlock()
+		if run != nil {
+			run.cancel()
+			<-run.done
+		}
+		if err := overlay.Destroy(a.groupCtx, a.netDir(), name); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func set(n *overlay.Network, m *Mesh, egress map[netip.Addr][]overlay.Egress) error {
+	n.SetNames(m.Names)
+	return errors.Join(n.SetPeers(m.Peers), n.SetEgress(egress))
+}
+
+func (a *Agent) netDir() string { return filepath.Join(a.cfg.Run, "net") }
+
+// inUse reports whether a workload that is still being ended is on the network. a.mu is held.
+func (a *Agent) inUse(name string) bool {
+	for _, w := range a.releases {
+		if w.Network == name {
+			return true
+		}
+	}
+	return false
+}
+
+func (a *Agent) networkUsed(name string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.inUse(name) || a.meshes[name] != nil
+}
+
+func (a *Agent) runMesh(ctx context.Context, name string, m *mesh) {
+	defer close(m.done)
+	for wait := 100 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
+		err := m.net.Run(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		a.log.Warn("network ended, starting it again", "network", name, "error", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (a *Agent) network(name string) *overlay.Network {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if m := a.meshes[name]; m != nil {
+		return m.net
+	}
+	return nil
+}
+
+// setWorkloads gives every workload its controller and every controller its Spec.
+func (a *Agent) setWorkloads(want map[contract.WorkloadID]*Workload) {
+	// Sandboxes of an agent before this one, whose workload is no longer here, need a controller to end them.
+	if all, err := a.runner.List(a.groupCtx); err == nil {
+		for _, s := range all {
+			if id, err := contract.ParseWorkloadID(s.Labels[label]); err == nil {
+				if _, ok := want[id]; !ok {
+					want[id] = nil
+				}
+			}
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id := range a.control {
+		if _, ok := want[id]; !ok {
+			want[id] = nil
+		}
+	}
+	for id, w := range want {
+		c := a.control[id]
+		if c == nil {
+			c = a.newController(id)
+			a.control[id] = c
+			a.group.Go(func() error { c.loop.Run(a.groupCtx); return nil })
+		}
+		if w != nil {
+			a.releases[id] = w
+		}
+		c.set(w)
+	}
+	maps.DeleteFunc(want, func(_ contract.WorkloadID, w *Workload) bool { return w == nil })
+	a.wanted = want
+}
+
+// release undoes what start did around the sandbox: network and volumes. w is the Spec that keeps the workload here
+// without running, or nil when it has gone.
+func (a *Agent) release(ctx context.Context, id contract.WorkloadID, w *Workload) error {
+	a.mu.Lock()
+	last := a.releases[id]
+	a.mu.Unlock()
+	if last == nil {
+		return nil
+	}
+	if net := a.network(last.Network); net != nil {
+		if err := net.Detach(ctx, attachmentID(id)); err != nil {
+			return err
+		}
+	}
+	for _, v := range last.Volumes {
+		if err := a.volumes.Close(ctx, volumeName(v.ID)); err != nil {
+			return err
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.wanted[id] == nil {
+		delete(a.releases, id)
+		a.view.Wake() // its network may go now
+	}
+	return nil
+}
+
+// waitsFor says which dependency of w is not met, or "".
+func (a *Agent) waitsFor(ctx context.Context, w *Workload) string {
+	if len(w.Process.DependsOn) == 0 {
+		return ""
+	}
+	reports := a.reportsOf(ctx, w)
+	for _, d := range w.Process.DependsOn {
+		ok := slices.ContainsFunc(reports, func(r ledger.Report) bool {
+			if r.Service != d.Service || r.Revision != w.Revision {
+				return false
+			}
+			switch d.Condition {
+			case contract.Healthy:
+				return r.State == ledger.StateRunning && r.Healthy
+			case contract.Completed:
+				return r.State == ledger.StateExited && r.ExitCode == 0
+			default:
+				return r.State == ledger.StateRunning || r.State == ledger.StateStarting || r.State == ledger.StateExited
+			}
+		})
+		if !ok {
+			return fmt.Sprintf("%s: %s", d.Service, d.Condition)
+		}
+	}
+	return ""
+}
+
+// reportsOf are the reports of all workloads of w's contract: the own ones, and those that other nodes signed.
+func (a *Agent) reportsOf(ctx context.Context, w *Workload) []ledger.Report {
+	var out []ledger.Report
+	for _, r := range a.reports() {
+		if r.Contract == w.Contract {
+			out = append(out, r)
+		}
+	}
+	a.mu.Lock()
+	v := a.current
+	a.mu.Unlock()
+	if v == nil {
+		return out
+	}
+	beats, err := a.client.Reports(ctx, v.Nodes)
+	if err != nil {
+		return out // the next try comes soon
+	}
+	for _, h := range beats {
+		i := slices.IndexFunc(v.Nodes, func(n *ledger.Node) bool { return n.ID == h.Node })
+		if h.Node == a.cfg.Keys.ID || i < 0 || !v.Nodes[i].Up {
+			continue
+		}
+		for _, r := range h.Workloads {
+			if r.Contract == w.Contract {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
+}
+
+// setEdges tells the Origin which gateways to dial.
+func (a *Agent) setEdges(v *View) {
+	var edges []gateway.EdgeInfo
+	for _, g := range v.Gateways {
+		edges = append(edges, gateway.EdgeInfo{Addr: g.Address, SPKI: gateway.SPKI(g.ID), TunnelName: TunnelName(v.Grid)})
+	}
+	a.origin.SetEdges(edges)
+}
+
+// setServices tells the Origin what to serve: the hosts whose workload runs here, and the node's own log service.
+func (a *Agent) setServices() {
+	a.mu.Lock()
+	v := a.current
+	if v == nil {
+		a.mu.Unlock()
+		return
+	}
+	services := []gateway.Service{{Host: ServiceName(a.cfg.Keys.ID), TLS: a.ownTLS, Handler: a.handler}}
+	for _, c := range v.Contracts {
+		o := a.bodies[c.Revision]
+		if o == nil {
+			continue
+		}
+		for _, r := range c.Header.Routes {
+			for id, w := range a.wanted {
+				ctl := a.control[id]
+				if w.Contract != c.Record.ID || w.Service != r.Service || ctl == nil {
+					continue
+				}
+				if _, serving := ctl.status(); !serving {
+					continue
+				}
+				cert, err := o.certificate(r.Host)
+				if err != nil {
+					a.log.Warn("route is not served", "host", r.Host, "error", err)
+					continue
+				}
+				target := netip.AddrPortFrom(w.Address, r.Port)
+				name := w.Network
+				services = append(services, gateway.Service{
+					Host: r.Host, Workload: gateway.WorkloadID(w.ID), Epoch: w.Epoch, TLS: cert,
+					Dial: func(ctx context.Context) (net.Conn, error) { return a.dial(ctx, name, target) },
+				})
+			}
+		}
+	}
+	a.mu.Unlock()
+	if err := a.origin.SetServices(services); err != nil {
+		a.log.Warn("services", "error", err)
+	}
+}
+
+// dial connects to a workload from inside its network. A workload that has just started may not listen yet: refused
+// connections are tried again for a moment.
+func (a *Agent) dial(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error) {
+	var err error
+	for range 20 {
+		n := a.network(network)
+		if n == nil {
+			return nil, fmt.Errorf("network %s is not up", network)
+		}
+		var c net.Conn
+		if c, err = n.Dial(ctx, to); err == nil {
+			return c, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return nil, err
+}
+
+// certificate is the TLS configuration of a host, made once: the Origin compares it to see whether anything changed.
+func (o *opened) certificate(host string) (*tls.Config, error) {
+	if c := o.certs[host]; c != nil {
+		return c, nil
+	}
+	for i := range o.body.Certificates {
+		c := &o.body.Certificates[i]
+		if c.Host != host {
+			continue
+		}
+		key, err := x509.ParsePKCS8PrivateKey(c.Key)
+		if err != nil {
+			return nil, fmt.Errorf("certificate key for %q: %w", host, err)
+		}
+		o.certs[host] = &tls.Config{Certificates: []tls.Certificate{{Certificate: c.Chain, PrivateKey: key}}, MinVersion: tls.VersionTLS12}
+		return o.certs[host], nil
+	}
+	return nil, fmt.Errorf("no certificate for %q in the contract", host)
+}
+
+var _ http.Handler = (*logService)(nil)
+
+// Stop ends every workload as its contract asks, and closes the volumes, before the machine goes down. Run must have
+// returned.
+func (a *Agent) Stop(ctx context.Context) error {
+	all, err := a.runner.List(ctx)
+	if err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for _, s := range all {
+		g.Go(func() error { return a.runner.Stop(gctx, s.ID) })
+	}
+	errs := []error{g.Wait()}
+	open, err := a.volumes.List(ctx)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for _, v := range open {
+		errs = append(errs, a.volumes.Close(ctx, v.ID))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,91 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync/atomic"
+
+	"holdfast/api"
+	"holdfast/contract"
+	"holdfast/gateway"
+	"holdfast/identity"
+	"holdfast/ledger"
+)
+
+// TunnelName is the TLS server name under which nodes dial a grid's gateways.
+func TunnelName(grid identity.GridID) string { return "tunnel." + grid.Short() + ".holdfast" }
+
+// EdgeTable is what a gateway knows of the ledger: which node may serve which host, and which keys may open a tunnel. It
+// implements gateway.Routes.
+type EdgeTable struct {
+	current atomic.Pointer[edgeTable]
+}
+
+type edgeTable struct {
+	routes map[string]gateway.Route
+	nodes  map[gateway.SPKI]identity.NodeID
+}
+
+// Lookup implements gateway.Routes.
+func (t *EdgeTable) Lookup(host string) (gateway.Route, bool) {
+	cur := t.current.Load()
+	if cur == nil {
+		return gateway.Route{}, false
+	}
+	r, ok := cur.routes[host]
+	return r, ok
+}
+
+// Authorize names the node that has a TLS key.
+func (t *EdgeTable) Authorize(spki gateway.SPKI) (gateway.NodeID, bool) {
+	cur := t.current.Load()
+	if cur == nil {
+		return gateway.NodeID{}, false
+	}
+	id, ok := cur.nodes[spki]
+	return gateway.NodeID(id), ok
+}
+
+// Refresh reads the table from the ledger.
+func (t *EdgeTable) Refresh(ctx context.Context, c *api.Client) error {
+	next := &edgeTable{routes: map[string]gateway.Route{}, nodes: map[gateway.SPKI]identity.NodeID{}}
+	for i := range c.Genesis().Validators { // the ledger itself, for those who reach nothing but a gateway
+		next.routes[api.LedgerName(c.Grid())] = gateway.Route{Forward: c.Genesis().Validators[i].Address}
+		break
+	}
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		next.nodes[n.TLS] = n.ID
+		next.routes[ServiceName(n.ID)] = gateway.Route{Servers: []gateway.Server{{Node: gateway.NodeID(n.ID)}}}
+	}
+	routes, err := api.List[string, ledger.Route](ctx, c, ledger.RoutesKey, ledger.RouteKey)
+	if err != nil {
+		return err
+	}
+	assigned := map[contract.ID]*ledger.Assignments{}
+	for _, r := range routes {
+		as, ok := assigned[r.Contract]
+		if !ok {
+			if as, err = api.Get[ledger.Assignments](ctx, c, ledger.AssignmentsKey(r.Contract)); errors.Is(err, ledger.ErrAbsent) {
+				as = &ledger.Assignments{}
+			} else if err != nil {
+				return err
+			}
+			assigned[r.Contract] = as
+		}
+		var target gateway.Route
+		for _, a := range as.Current {
+			if a.Service == r.Service && !a.Node.IsZero() {
+				target.Servers = append(target.Servers, gateway.Server{Node: gateway.NodeID(a.Node), Workload: gateway.WorkloadID(a.Workload), Epoch: a.Epoch})
+			}
+		}
+		slices.SortFunc(target.Servers, func(x, y gateway.Server) int { return slices.Compare(x.Workload[:], y.Workload[:]) })
+		next.routes[r.Host] = target
+	}
+	t.current.Store(next)
+	return nil
+}

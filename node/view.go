@@ -1,0 +1,264 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"holdfast/api"
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/internal/canonical"
+	"holdfast/ledger"
+	"holdfast/overlay"
+)
+
+// View is what the ledger says that concerns one node.
+type View struct {
+	Grid      identity.GridID
+	Self      *ledger.Node
+	Nodes     []*ledger.Node
+	Gateways  []*ledger.Gateway
+	Contracts []*ContractView // those with a workload here
+}
+
+// ContractView is one contract at its current revision.
+type ContractView struct {
+	Record      *ledger.Contract
+	Header      *contract.Header
+	Revision    contract.RevisionID
+	Assignments []ledger.Assignment
+	Networks    map[string]*ledger.Network
+	Volumes     map[string]*ledger.Volume
+	Envelope    *contract.Envelope // for this node; nil when nobody sealed one yet
+	Missing     []*ledger.Node     // eligible nodes without an envelope
+}
+
+// ReadView reads the view of node self. Reads may straddle blocks: a record that a later block removed makes it fail,
+// and the caller tries again.
+func ReadView(ctx context.Context, r api.Reader, grid identity.GridID, self identity.NodeID) (*View, error) {
+	v := &View{Grid: grid}
+	var err error
+	if v.Nodes, err = api.List[identity.NodeID, ledger.Node](ctx, r, ledger.NodesKey, ledger.NodeKey); err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(v.Nodes, func(n *ledger.Node) bool { return n.ID == self })
+	if i < 0 {
+		return nil, fmt.Errorf("%v is not admitted to %v", self, grid)
+	}
+	v.Self = v.Nodes[i]
+	if v.Gateways, err = api.List[identity.GatewayID, ledger.Gateway](ctx, r, ledger.GatewaysKey, ledger.GatewayKey); err != nil {
+		return nil, err
+	}
+	ids, err := api.Get[[]contract.ID](ctx, r, ledger.NodeWorkKey(self))
+	if errors.Is(err, ledger.ErrAbsent) {
+		return v, nil
+	} else if err != nil {
+		return nil, err
+	}
+	for _, id := range *ids {
+		c, err := readContract(ctx, r, id, v)
+		if err != nil {
+			return nil, fmt.Errorf("%v: %w", id, err)
+		}
+		v.Contracts = append(v.Contracts, c)
+	}
+	return v, nil
+}
+
+func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) (*ContractView, error) {
+	ck, ak := ledger.ContractKey(id), ledger.AssignmentsKey(id)
+	got, err := r.Read(ctx, ck, ak)
+	if err != nil {
+		return nil, err
+	}
+	craw, ok1 := got.Value(ck)
+	araw, ok2 := got.Value(ak)
+	if !ok1 || !ok2 {
+		return nil, ledger.ErrAbsent
+	}
+	rec, err := ledger.Decode[ledger.Contract](craw)
+	if err != nil {
+		return nil, err
+	}
+	as, err := ledger.Decode[ledger.Assignments](araw)
+	if err != nil {
+		return nil, err
+	}
+	c := &ContractView{Record: rec, Revision: as.Revision, Assignments: as.Current, Networks: map[string]*ledger.Network{}, Volumes: map[string]*ledger.Volume{}}
+	rk := ledger.RevisionKey(as.Revision)
+	if got, err = r.Read(ctx, rk); err != nil {
+		return nil, err
+	}
+	raw, ok := got.Value(rk)
+	if !ok {
+		return nil, fmt.Errorf("%v: %w", as.Revision, ledger.ErrAbsent)
+	}
+	if c.Header, err = contract.DecodeHeader(raw); err != nil {
+		return nil, err
+	}
+	if c.Header.RevisionID() != as.Revision || c.Header.ContractID() != id {
+		return nil, fmt.Errorf("header under %v is of %v", as.Revision, c.Header.RevisionID())
+	}
+	keys := make([]string, 0, len(c.Header.Networks)+len(c.Header.Volumes))
+	for _, n := range c.Header.Networks {
+		keys = append(keys, ledger.NetworkKey(contract.NetworkOf(id, n)))
+	}
+	nets, err := api.GetAll[ledger.Network](ctx, r, keys)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range nets {
+		if n != nil {
+			c.Networks[n.Name] = n
+		}
+	}
+	keys = keys[:0]
+	for _, vol := range c.Header.Volumes {
+		keys = append(keys, ledger.VolumeKey(contract.VolumeOf(id, vol.Name)))
+	}
+	vols, err := api.GetAll[ledger.Volume](ctx, r, keys)
+	if err != nil {
+		return nil, err
+	}
+	for _, vol := range vols {
+		if vol != nil {
+			c.Volumes[vol.Name] = vol
+		}
+	}
+	keys = keys[:0]
+	var eligible []*ledger.Node
+	for _, n := range v.Nodes {
+		if ledger.Eligible(c.Header, n) {
+			eligible = append(eligible, n)
+			keys = append(keys, ledger.EnvelopeKey(as.Revision, contract.RecipientNode, n.ID))
+		}
+	}
+	envs, err := api.GetAll[contract.Envelope](ctx, r, keys)
+	if err != nil {
+		return nil, err
+	}
+	for i, n := range eligible {
+		switch {
+		case envs[i] == nil:
+			c.Missing = append(c.Missing, n)
+		case n.ID == v.Self.ID:
+			c.Envelope = envs[i]
+		}
+	}
+	return c, nil
+}
+
+// Ports of WireGuard on every node: the system network's, and that of a network by its index.
+const basePort = 30000
+
+// SystemNetwork is the ID of the grid's own network of nodes.
+func SystemNetwork(grid identity.GridID) [32]byte {
+	return canonical.Digest("holdfast/system-network/v1", grid[:])
+}
+
+// Mesh is one overlay network as this node should have it.
+type Mesh struct {
+	Network [32]byte
+	Name    string // for interfaces
+	Port    uint16
+	Self    netip.Addr
+	Peers   []overlay.Peer
+	Names   map[string][]netip.Addr
+}
+
+// preShared is the pre-shared key of two nodes in a network: from the network's secret, which only the contract's
+// envelopes hold, so that the tunnel stays shut to who records it today and breaks X25519 tomorrow.
+func preShared(secret [32]byte, a, b [32]byte) [32]byte {
+	if slices.Compare(a[:], b[:]) > 0 {
+		a, b = b, a
+	}
+	return canonical.Digest("holdfast/psk/v1", secret[:], a[:], b[:])
+}
+
+func endpoint(n *ledger.Node, port uint16) netip.AddrPort {
+	for _, e := range n.Endpoints {
+		if a, err := netip.ParseAddr(e); err == nil {
+			return netip.AddrPortFrom(a, port)
+		}
+	}
+	return netip.AddrPort{} // it calls us
+}
+
+// systemMesh is the system network: every node, no workloads.
+func systemMesh(v *View) Mesh {
+	id := SystemNetwork(v.Grid)
+	m := Mesh{Network: id, Name: "sys", Port: basePort, Self: overlay.Addr(id, v.Self.ID)}
+	for _, n := range v.Nodes {
+		if n.ID != v.Self.ID {
+			m.Peers = append(m.Peers, overlay.Peer{PublicKey: n.WireGuard, Endpoint: endpoint(n, basePort), Addrs: []netip.Prefix{host(overlay.Addr(id, n.ID))}})
+		}
+	}
+	return m
+}
+
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// contractMeshes are the networks of one contract that a workload here is on. Names lead to every replica that is
+// assigned to a node that is up.
+func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contract.Body) []Mesh {
+	var out []Mesh
+	for _, name := range c.Header.Networks {
+		rec, ok := c.Networks[name]
+		if !ok {
+			continue
+		}
+		id := [32]byte(rec.ID)
+		m := Mesh{
+			Network: id, Name: "n" + strconv.FormatUint(uint64(rec.Index), 36), Port: basePort + rec.Index,
+			Self: overlay.Addr(id, v.Self.ID), Names: map[string][]netip.Addr{},
+		}
+		here := false
+		addrs := map[identity.NodeID][]netip.Prefix{}
+		for _, a := range c.Assignments {
+			s, ok := c.Header.Service(a.Service)
+			if !ok || a.Node.IsZero() || !slices.Contains(s.Networks, name) {
+				continue
+			}
+			addr := overlay.Addr(id, a.Workload)
+			here = here || a.Node == v.Self.ID
+			addrs[a.Node] = append(addrs[a.Node], host(addr))
+			if a.Reason == "" {
+				for _, n := range serviceNames(c, body, a.Service) {
+					m.Names[n] = append(m.Names[n], addr)
+				}
+			}
+		}
+		if !here {
+			continue
+		}
+		for _, n := range v.Nodes {
+			if list := addrs[n.ID]; list != nil && n.ID != v.Self.ID {
+				m.Peers = append(m.Peers, overlay.Peer{
+					PublicKey: n.WireGuard, PresharedKey: preShared(keys.Networks[name], v.Self.WireGuard, n.WireGuard),
+					Endpoint: endpoint(n, m.Port), Addrs: append(list, host(overlay.Addr(id, n.ID))),
+				})
+			}
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+func serviceNames(c *ContractView, body *contract.Body, service string) []string {
+	names := []string{service}
+	for i := range body.Services {
+		if body.Services[i].Name == service {
+			names = append(names, body.Services[i].Aliases...)
+		}
+	}
+	out := slices.Clone(names)
+	for _, n := range names {
+		out = append(out, n+"."+c.Record.Name+".internal")
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
