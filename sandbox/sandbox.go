@@ -193,6 +193,7 @@ type statusFile struct {
 type shimFile struct {
 	ID     string
 	Runsc  []string // argv prefix with global flags
+	State  string   // runsc's own directory
 	Lease  string
 	Grace  time.Duration
 	Signal string
@@ -263,7 +264,7 @@ func (r *Runner) create(b string, s *Spec) error {
 		return err
 	}
 	shim := shimFile{
-		ID: s.ID, Runsc: append([]string{r.cfg.Runsc}, r.flags(b)...), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
+		ID: s.ID, Runsc: append([]string{r.cfg.Runsc}, r.flags(b)...), State: filepath.Join(r.cfg.Dir, "runsc"), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
 		Fenced: s.Fenced, Logs: filepath.Join(r.cfg.Dir, "logs", s.ID), Labels: s.Labels,
 	}
 	if shim.Grace <= 0 {
@@ -432,12 +433,16 @@ func (r *Runner) clean(ctx context.Context, id string) error {
 	if _, err := os.Stat(b); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	// The shim deletes the container in the end; if it was killed, it is still there.
-	if _, err := os.Stat(filepath.Join(b, "deleted")); err != nil {
-		if _, err := os.Stat(filepath.Join(b, "shim.json")); err == nil {
-			if out, err := r.runsc(ctx, b, 20*time.Second, "delete", "--force", id); err != nil && !strings.Contains(out, "does not exist") && !strings.Contains(out, "not found") {
-				r.log.Warn("delete container", "id", id, "error", err, "output", out)
-			}
+	// runsc deletes the container in the end; if it was killed, it is still there.
+	state := stateFile(filepath.Join(r.cfg.Dir, "runsc"), id)
+	if _, err := os.Stat(state); err == nil {
+		if out, err := r.runsc(ctx, b, 20*time.Second, "delete", "--force", id); err != nil {
+			r.log.Warn("delete container", "id", id, "error", err, "output", out)
+		}
+	}
+	for _, f := range []string{state, strings.TrimSuffix(state, "state") + "lock"} {
+		if err := removeIfThere(f); err != nil {
+			return err
 		}
 	}
 	if r.cfg.Cgroup != "" {

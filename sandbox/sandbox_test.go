@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -25,6 +24,12 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if len(os.Args) == 3 && os.Args[1] == "agent" {
+		if err := agentMode(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }
@@ -261,28 +266,17 @@ func TestNothingToGain(t *testing.T) {
 
 func TestFenceEndsWithTheLease(t *testing.T) {
 	l := newLab(t)
-	lease := func(d time.Duration) {
-		var ts unix.Timespec
-		unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
-		b := binary.LittleEndian.AppendUint64(nil, uint64(ts.Nano()+int64(d)))
-		if err := os.WriteFile(l.cfg.Lease+".new", b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(l.cfg.Lease+".new", l.cfg.Lease); err != nil {
-			t.Fatal(err)
-		}
-	}
-	lease(time.Hour)
+	l.lease(time.Hour)
 	l.start("fenced", func(s *Spec) { s.Fenced = true })
 	l.start("free")
 	time.Sleep(500 * time.Millisecond) // the control: with a lease it goes on
 	if s := l.state("fenced"); s.State != Running {
 		t.Fatalf("ended within its lease: %+v", s)
 	}
-	lease(300 * time.Millisecond)
+	l.lease(300 * time.Millisecond)
 	begin := time.Now()
 	l.until("the fence", func() bool { return l.state("fenced").State == Exited })
-	if d := time.Since(begin); d < 250*time.Millisecond || d > 5*time.Second {
+	if d := time.Since(begin); d < 250*time.Millisecond || d > 1300*time.Millisecond {
 		t.Errorf("ended %v after the lease was cut to 300 ms", d)
 	}
 	if s := l.state("fenced"); s.Reason != "its lease ended" {
@@ -332,33 +326,4 @@ func TestAnotherRunnerAdopts(t *testing.T) {
 		t.Errorf("half made, but %+v", s)
 	}
 	l.start("half")
-}
-
-func TestSecretsStayOnTmpfs(t *testing.T) {
-	l := newLab(t)
-	const marker = "kX9-marker-of-the-sandbox-test"
-	l.start("s", func(s *Spec) {
-		s.Env = []string{"PASSWORD=" + marker}
-		s.Files = []File{{Path: "/secret", Mode: 0o400, Data: []byte(marker)}}
-	})
-	if _, out := l.exec("s", "/server", "cat", "/secret"); !strings.Contains(out, marker) {
-		t.Fatalf("control: the workload does not see its secret: %q", out)
-	}
-	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, p := range procs {
-		if p == fmt.Sprintf("/proc/%d/cmdline", os.Getpid()) {
-			continue
-		}
-		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), marker) {
-			t.Errorf("%s shows the secret: %q", p, b)
-		}
-	}
-	st, err := os.Stat(filepath.Join(l.cfg.Dir, "bundles"))
-	if err != nil || st.Mode().Perm()&0o077 != 0 {
-		t.Errorf("others can look into the bundles: %v %v", st.Mode(), err)
-	}
-	var fsinfo unix.Statfs_t
-	if err := unix.Statfs(l.bundle("s"), &fsinfo); err != nil || fsinfo.Type != unix.TMPFS_MAGIC {
-		t.Errorf("the bundle is not on tmpfs: %x %v", fsinfo.Type, err)
-	}
 }

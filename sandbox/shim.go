@@ -117,7 +117,9 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 		case err := <-done:
 			return s.finish(err, reason)
 		case <-tick.C:
-			if s.sandbox < 0 && s.found(pidFile) {
+			if s.sandbox < 0 {
+				s.find(pidFile)
+			} else if s.st.Started.IsZero() && s.runs() {
 				s.st.State, s.st.Started = Running, time.Now()
 				if err := s.save(); err != nil {
 					return err
@@ -135,7 +137,7 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 				break
 			}
 			reason = "stopped"
-			if s.sandbox < 0 {
+			if s.st.Started.IsZero() {
 				s.kill() // there is nothing yet that could end in an orderly way
 				kill = time.After(time.Second)
 				break
@@ -159,23 +161,31 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	}
 }
 
-// found reports whether runsc has named the process of the sandbox, and takes hold of it.
-func (s *shim) found(pidFile string) bool {
+// find takes hold of the sandbox's process when runsc has named it. The process is there then: only runsc reaps it.
+func (s *shim) find(pidFile string) {
 	b, err := os.ReadFile(pidFile)
 	if err != nil {
-		return false
+		return
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil || pid <= 1 {
-		return false
+		return
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return false
+	if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+		s.sandbox = fd
 	}
-	s.sandbox = fd
-	return true
 }
+
+// runs reports whether the workload's first process has begun, by the state that runsc keeps (OCI's words).
+func (s *shim) runs() bool {
+	var state struct{ Status string }
+	return readJSON(s.state(), &state) == nil && state.Status == "running"
+}
+
+func (s *shim) state() string { return stateFile(s.cfg.State, s.cfg.ID) }
+
+// stateFile is where runsc keeps what it knows of a container.
+func stateFile(dir, id string) string { return filepath.Join(dir, id+"_sandbox:"+id+".state") }
 
 // kill ends the sandbox at once by ending gVisor's kernel, the parent of all that runs in it. It executes nothing and asks
 // nobody, so that it works on a machine that has no memory left, and whatever the workload does.
@@ -222,15 +232,15 @@ func (s *shim) finish(err error, reason string) error {
 		code, reason = -1, err.Error()
 	}
 	s.st.OOM = s.outOfMemory()
-	s.command(20*time.Second, "delete", "--force", s.cfg.ID)
-	if f, err := os.Create(filepath.Join(s.bundle, "deleted")); err == nil {
-		f.Close()
+	// runsc deletes in the end what it has run, unless it was killed or could not.
+	if _, err := os.Stat(s.state()); err == nil {
+		s.command(20*time.Second, "delete", "--force", s.cfg.ID)
 	}
 	if said := s.complaint(); reason == "" && s.st.OOM {
 		reason = "out of memory"
 	} else if reason == "" && said != "" {
 		reason = "runsc: " + said
-	} else if reason == "" && s.sandbox < 0 {
+	} else if reason == "" && s.st.Started.IsZero() {
 		reason = fmt.Sprintf("runsc: exit code %d", code)
 	}
 	return s.end(code, reason)

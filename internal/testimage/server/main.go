@@ -14,6 +14,7 @@
 //	GET  /exit?code=N      ends
 //	GET  /bytes?n=N        N bytes
 //
+// "server stubborn" ignores SIGTERM; "server flood N" prints N MiB; "server list DIR" names what is in a directory.
 // "server health" asks the own / and exits 0 on success; "server sleep" sleeps; "server print TEXT…" prints and exits.
 package main
 
@@ -49,6 +50,28 @@ func main() {
 			return
 		case "sleep":
 			time.Sleep(time.Hour)
+			return
+		case "stubborn":
+			signal.Ignore(syscall.SIGTERM)
+			fmt.Println("ignoring SIGTERM")
+			time.Sleep(time.Hour)
+			return
+		case "flood":
+			line := strings.Repeat("x", 99)
+			for i := range atoi(os.Args[2]) << 20 / 100 {
+				fmt.Printf("%s\n", line[:99-len(strconv.Itoa(i))]+strconv.Itoa(i))
+			}
+			fmt.Println("flooded")
+			return
+		case "list":
+			entries, err := os.ReadDir(os.Args[2])
+			if err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
+			for _, e := range entries {
+				fmt.Println(e.Name())
+			}
 			return
 		case "print":
 			fmt.Println(strings.Join(os.Args[2:], " "))
