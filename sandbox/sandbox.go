@@ -64,7 +64,7 @@ type Spec struct {
 	ReadOnly    bool     // the root file system
 	CapAdd      []string // on top of the default set, "NET_BIND_SERVICE" or with CAP_
 	CapDrop     []string // "ALL" drops all
-	NetNS       string   // path of a network namespace; its interfaces become the sandbox's
+	NetNS       string   // path of a network namespace, whose interfaces become the sandbox's; "" gives a loopback alone
 	Mounts      []Mount
 	Files       []File
 	CPUMilli    int64 // thousandths of a core; 0 is unlimited
@@ -264,7 +264,7 @@ func (r *Runner) create(b string, s *Spec) error {
 		return err
 	}
 	shim := shimFile{
-		ID: s.ID, Runsc: append([]string{r.cfg.Runsc}, r.flags(b)...), State: filepath.Join(r.cfg.Dir, "runsc"), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
+		ID: s.ID, Runsc: slices.Concat([]string{r.cfg.Runsc}, r.flags(b), networkFlags(oci)), State: filepath.Join(r.cfg.Dir, "runsc"), Lease: r.cfg.Lease, Grace: s.StopGrace, Signal: s.StopSignal,
 		Fenced: s.Fenced, Logs: filepath.Join(r.cfg.Dir, "logs", s.ID), Labels: s.Labels,
 	}
 	if shim.Grace <= 0 {
@@ -309,15 +309,27 @@ func (r *Runner) create(b string, s *Spec) error {
 // shared with the machine, so that what a workload has written to a volume survives the sandbox's being killed.
 func (r *Runner) flags(bundle string) []string {
 	f := []string{
-		"--root=" + filepath.Join(r.cfg.Dir, "runsc"), "--platform=systrap", "--network=sandbox", "--overlay2=root:memory",
-		"--net-raw", // only for who is given CAP_NET_RAW; the overlay pins what may leave
-		"--host-settings=ignore",
+		"--root=" + filepath.Join(r.cfg.Dir, "runsc"), "--platform=systrap", "--overlay2=root:memory", "--host-settings=ignore",
 		"--log=" + filepath.Join(bundle, "runsc.log"), "--log-format=json",
 	}
 	if r.cfg.Cgroup == "" {
 		f = append(f, "--ignore-cgroups")
 	}
 	return f
+}
+
+// networkFlags are those of runsc's global flags that differ between sandboxes.
+func networkFlags(spec *specs.Spec) []string {
+	network := "--network=none"
+	for _, n := range spec.Linux.Namespaces {
+		if n.Type == specs.NetworkNamespace && n.Path != "" {
+			network = "--network=sandbox"
+		}
+	}
+	if slices.Contains(spec.Process.Capabilities.Bounding, "CAP_NET_RAW") {
+		return []string{network, "--net-raw"} // whoever made the namespace pins what may leave it
+	}
+	return []string{network}
 }
 
 // await returns when the shim says that the sandbox runs or has ended.
@@ -629,7 +641,7 @@ func (r *Runner) exec(ctx context.Context, id string, x ExecSpec) (int, []byte, 
 	ctx, cancel := context.WithTimeout(ctx, maxExec)
 	defer cancel()
 	pidFile := filepath.Join(dir, "pid")
-	cmd := exec.CommandContext(ctx, r.cfg.Runsc, append(r.flags(b), "exec", "--process", filepath.Join(dir, "process.json"), "--internal-pid-file", pidFile, id)...)
+	cmd := exec.CommandContext(ctx, r.cfg.Runsc, slices.Concat(r.flags(b), networkFlags(&spec), []string{"exec", "--process", filepath.Join(dir, "process.json"), "--internal-pid-file", pidFile, id})...)
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.WaitDelay = time.Second
 	cmd.Cancel = func() error {
