@@ -83,6 +83,27 @@ func (c *Client) Watch(ctx context.Context, after int64) (int64, error) {
 	return c.comet.Watch(ctx, after)
 }
 
+// Follow calls changed whenever the ledger has changed, until ctx ends.
+func (c *Client) Follow(ctx context.Context, changed func()) error {
+	height := int64(0)
+	for {
+		h, err := c.comet.Watch(ctx, height)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(500 * time.Millisecond):
+			}
+		case h != height:
+			height = h
+			changed()
+		}
+	}
+}
+
 // Reader reads proved records.
 type Reader interface {
 	Read(ctx context.Context, keys ...string) (comet.View, error)

@@ -191,3 +191,15 @@ func (c *CA) Issue(host string, now time.Time) (chain [][]byte, key []byte, err 
 func everyIP() []*net.IPNet {
 	return []*net.IPNet{{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}}
 }
+
+// Expires is when the leaf of a chain ends; the zero time if it cannot be read.
+func Expires(chain [][]byte) time.Time {
+	if len(chain) == 0 {
+		return time.Time{}
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return time.Time{}
+	}
+	return leaf.NotAfter
+}

@@ -150,7 +150,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	a.group, a.groupCtx = g, gctx
 	g.Go(func() error { return a.view.Run(gctx) })
-	g.Go(func() error { return a.watch(gctx) })
+	g.Go(func() error { return a.client.Follow(gctx, a.view.Wake) })
 	g.Go(func() error { return a.heartbeats(gctx) })
 	g.Go(func() error { return a.origin.Run(gctx) })
 	g.Go(func() error { return a.events(gctx) })
@@ -159,27 +159,6 @@ func (a *Agent) Run(ctx context.Context) error {
 		return nil // asked to stop
 	}
 	return err
-}
-
-// watch wakes the view when the ledger changes.
-func (a *Agent) watch(ctx context.Context) error {
-	height := int64(0)
-	for {
-		h, err := a.client.Watch(ctx, height)
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err != nil:
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(500 * time.Millisecond):
-			}
-		case h != height:
-			height = h
-			a.view.Wake()
-		}
-	}
 }
 
 // events wakes the controller of a workload whose sandbox changed.

@@ -22,6 +22,13 @@ type EdgeTable struct {
 	current atomic.Pointer[edgeTable]
 }
 
+// NewEdgeTable is the table of a gateway that has not read the ledger yet: it leads to the ledger and nowhere else.
+func NewEdgeTable(g *ledger.Genesis) *EdgeTable {
+	t := &EdgeTable{}
+	t.current.Store(&edgeTable{routes: map[string]gateway.Route{api.LedgerName(g.GridID()): {Forward: g.Validators[0].Address}}, nodes: map[gateway.SPKI]identity.NodeID{}})
+	return t
+}
+
 type edgeTable struct {
 	routes map[string]gateway.Route
 	nodes  map[gateway.SPKI]identity.NodeID

@@ -238,6 +238,9 @@ func joinCgroups(group string, pid int) error {
 	return nil
 }
 
+// RemoveCgroups removes what is left of a grid's groups.
+func RemoveCgroups(group string) { removeCgroups(group) }
+
 // removeCgroups removes a group and all below it, in every hierarchy.
 func removeCgroups(group string) {
 	roots, _ := filepath.Glob("/sys/fs/cgroup/*")

@@ -143,7 +143,7 @@ func Supervise(ctx context.Context, p Plan, ready func()) error {
 		return err
 	}
 	defer lock.Close()
-	s := &supervisor{Plan: p, state: map[string]Wanted{}}
+	s := &supervisor{Plan: p, state: map[string]Wanted{}, told: map[string]bool{}}
 	t := time.NewTicker(200 * time.Millisecond)
 	defer t.Stop()
 	told := ""
@@ -187,7 +187,7 @@ func lockDir(dir string) (*os.File, error) {
 type supervisor struct {
 	Plan
 	state map[string]Wanted // put into effect by this process
-	first bool
+	told  map[string]bool   // written to lab/NAME.is by this process
 }
 
 func (s *supervisor) router() Spec { return Spec{Name: s.Router} }
@@ -247,7 +247,12 @@ func (s *supervisor) once() error {
 		}
 	}
 	for _, n := range names {
-		s.state[n] = want[n]
+		if s.state[n] != want[n] || !s.told[n] {
+			s.state[n], s.told[n] = want[n], true
+			if err := os.WriteFile(filepath.Join(s.Dir, "lab", n+".is"), []byte(want[n]), 0o600); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -422,6 +427,22 @@ func Ask(dir, name string, w Wanted) error {
 		return fmt.Errorf("lab: %w", err)
 	}
 	return os.Rename(p+".tmp", p)
+}
+
+// Await returns when the supervisor has put into effect what was asked.
+func Await(ctx context.Context, dir, name string, w Wanted) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		if b, err := os.ReadFile(filepath.Join(dir, "lab", name+".is")); err == nil && Wanted(b) == w {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s is not %q yet: %w", name, w, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // Asked is what Ask said last.

@@ -1,0 +1,406 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"holdfast/access"
+	"holdfast/api"
+	"holdfast/ca"
+	"holdfast/contract"
+	"holdfast/deploy"
+	"holdfast/identity"
+	"holdfast/internal/grid"
+	"holdfast/ledger"
+	"holdfast/node"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+)
+
+// status is what "holdfast status" shows.
+type status struct {
+	Grid      identity.GridID  `json:"grid"`
+	Height    int64            `json:"height"`
+	Warnings  []string         `json:"warnings,omitempty"`
+	Nodes     []nodeStatus     `json:"nodes"`
+	Contracts []contractStatus `json:"contracts"`
+	Workloads []workloadStatus `json:"workloads"`
+	Routes    []routeStatus    `json:"routes"`
+}
+
+type nodeStatus struct {
+	ID    identity.NodeID `json:"id"`
+	Name  string          `json:"name"`
+	Farm  string          `json:"farm"`
+	State string          `json:"state"` // up, down
+	Lease string          `json:"lease"` // how long it counts as alive without being heard
+	Since time.Time       `json:"since"`
+	Key   string          `json:"key"` // where its key is
+}
+
+type contractStatus struct {
+	ID       contract.ID `json:"id"`
+	Name     string      `json:"name"`
+	Revision int         `json:"revision"`
+	State    string      `json:"state"`
+}
+
+type workloadStatus struct {
+	Name     string              `json:"name"`
+	ID       contract.WorkloadID `json:"id"`
+	Contract contract.ID         `json:"contract"`
+	Service  string              `json:"service"`
+	Replica  int                 `json:"replica"`
+	Node     string              `json:"node"`
+	Epoch    uint64              `json:"epoch"`
+	State    string              `json:"state"`
+	Reason   string              `json:"reason,omitempty"`
+	Restarts uint32              `json:"restarts"`
+	Settled  bool                `json:"settled"` // it is as it should be: it runs, or ended as it should
+}
+
+type routeStatus struct {
+	Host     string      `json:"host"`
+	URL      string      `json:"url"`
+	State    string      `json:"state"` // serving, or what came instead
+	Contract contract.ID `json:"contract"`
+}
+
+// collect reads the state of the grid, of one contract or of all that the account has.
+func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contract.ID) (*status, error) {
+	v, err := c.Read(ctx, ledger.ContractsKey)
+	if err != nil {
+		return nil, err
+	}
+	s := &status{Grid: c.Grid(), Height: v.Height, Nodes: []nodeStatus{}, Contracts: []contractStatus{}, Workloads: []workloadStatus{}, Routes: []routeStatus{}}
+	g := c.Genesis()
+	if len(g.Validators) == 1 {
+		s.Warnings = append(s.Warnings, "one validator: its operator could rewrite history")
+	}
+	s.Warnings = append(s.Warnings, "node key on disk: a farmer who reads his node's disk while it runs or not can act as that node")
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	names := map[identity.NodeID]*ledger.Node{}
+	for _, n := range nodes {
+		names[n.ID] = n
+		s.Nodes = append(s.Nodes, nodeStatus{n.ID, n.Name, n.FarmName, upDown(n.Up), g.Lease.String(), time.UnixMilli(n.Since).UTC(), "on disk"})
+	}
+	beats, err := c.Reports(ctx, nodes)
+	if err != nil {
+		return nil, err
+	}
+	reports := map[contract.WorkloadID][]ledger.Report{}
+	for _, h := range beats {
+		for _, r := range h.Workloads {
+			reports[r.Workload] = append(reports[r.Workload], r)
+		}
+	}
+	from := map[contract.WorkloadID]map[uint64]identity.NodeID{}
+	_ = from
+	ids := []contract.ID{only}
+	if only.IsZero() {
+		raw, ok := v.Value(ledger.ContractsKey)
+		ids = nil
+		if ok {
+			l, err := ledger.Decode[[]contract.ID](raw)
+			if err != nil {
+				return nil, err
+			}
+			ids = *l
+		}
+	}
+	for _, id := range ids {
+		rec, err := api.Get[ledger.Contract](ctx, c, ledger.ContractKey(id))
+		if err != nil {
+			return nil, err
+		}
+		s.Contracts = append(s.Contracts, contractStatus{id, rec.Name, len(rec.Revisions), rec.State})
+		as, err := api.Get[ledger.Assignments](ctx, c, ledger.AssignmentsKey(id))
+		if err != nil && !errors.Is(err, ledger.ErrAbsent) {
+			return nil, err
+		}
+		if as == nil {
+			continue
+		}
+		for _, x := range as.Current {
+			s.Workloads = append(s.Workloads, workload(rec, &x, names[x.Node], reports[x.Workload]))
+		}
+	}
+	routes, err := api.List[string, ledger.Route](ctx, c, ledger.RoutesKey, ledger.RouteKey)
+	if err != nil {
+		return nil, err
+	}
+	routes = slices.DeleteFunc(routes, func(r *ledger.Route) bool { return !only.IsZero() && r.Contract != only })
+	s.Routes = make([]routeStatus, len(routes))
+	eg, ctx := errgroup.WithContext(ctx)
+	for i, r := range routes {
+		eg.Go(func() error {
+			s.Routes[i] = routeStatus{r.Host, p.url(r.Host), p.probe(ctx, r.Host), r.Contract}
+			return nil
+		})
+	}
+	return s, eg.Wait()
+}
+
+// workload joins what the ledger wants with what the node that is assigned says.
+func workload(rec *ledger.Contract, x *ledger.Assignment, n *ledger.Node, reports []ledger.Report) workloadStatus {
+	w := workloadStatus{
+		Name: fmt.Sprintf("%s/%s-%d", rec.Name, x.Service, x.Replica), ID: x.Workload, Contract: rec.ID, Service: x.Service, Replica: int(x.Replica), Epoch: x.Epoch,
+		State: "assigned", Reason: x.Reason,
+	}
+	if n != nil {
+		w.Node = n.Name
+	}
+	switch {
+	case x.Reason != "":
+		w.State = ledger.StateWaiting
+		return w
+	case n == nil || !n.Up:
+		w.State, w.Reason = ledger.StateWaiting, "its node is down"
+		return w
+	}
+	for _, r := range reports {
+		if r.Epoch == x.Epoch && int(r.Revision) == len(rec.Revisions) {
+			w.State, w.Reason, w.Restarts = r.State, r.Reason, r.Restarts
+			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
+		}
+	}
+	return w
+}
+
+// prober asks a route through the gateway as a browser does.
+type prober struct {
+	gateway string
+	client  *http.Client
+}
+
+func newProber(c *ca.CA, gateway string) *prober {
+	pool := x509.NewCertPool()
+	if c != nil {
+		pool.AppendCertsFromPEM(c.Root())
+	}
+	return &prober{gateway, &http.Client{
+		Timeout:       5 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{
+			DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: pool},
+			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				var d net.Dialer
+				return d.DialContext(ctx, network, gateway)
+			},
+		},
+	}}
+}
+
+func (p *prober) url(host string) string {
+	_, port, err := net.SplitHostPort(p.gateway)
+	if err != nil || port == "443" {
+		return "https://" + host + "/"
+	}
+	return "https://" + host + ":" + port + "/"
+}
+
+func (p *prober) probe(ctx context.Context, host string) string {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url(host), nil)
+	if err != nil {
+		return err.Error()
+	}
+	resp, err := p.client.Do(req)
+	if err != nil {
+		var ue *url.Error
+		if errors.As(err, &ue) {
+			err = ue.Err
+		}
+		var ce *tls.CertificateVerificationError
+		switch {
+		case errors.As(err, &ce):
+			return "certificate is not from your CA"
+		case strings.Contains(err.Error(), "unrecognized name"):
+			return "not routed yet"
+		}
+		return "no answer"
+	}
+	resp.Body.Close()
+	if resp.StatusCode >= 500 {
+		return fmt.Sprintf("answers %d", resp.StatusCode)
+	}
+	return "serving"
+}
+
+func (a *app) statusCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Show nodes, contracts, workloads and routes", Args: cobra.NoArgs,
+		Long:    "What the ledger wants comes with proofs, what the nodes see comes signed by them, and routes are asked through the\ngateway.",
+		Example: "  holdfast status\n  holdfast status --json | jq .workloads",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, cfg, err := a.connect()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			authority, err := ca.Open(a.dir+"/ca", domains(), time.Now())
+			if err != nil {
+				return err
+			}
+			s, err := a.collect(cmd.Context(), c, newProber(authority, cfg.Gateway), contract.ID{})
+			if err != nil {
+				return err
+			}
+			w := cmd.OutOrStdout()
+			if a.json {
+				return printJSON(w, s)
+			}
+			fmt.Fprintf(w, "grid %s at height %d\n", s.Grid.Short(), s.Height)
+			for _, x := range s.Warnings {
+				fmt.Fprintln(w, "warning:", x)
+			}
+			fmt.Fprintln(w)
+			rows := [][]string{{"NODE", "FARM", "STATE", "LEASE"}}
+			for _, n := range s.Nodes {
+				rows = append(rows, []string{n.Name, n.Farm, stateColour(w, n.State), n.Lease})
+			}
+			table(w, rows...)
+			if len(s.Contracts) == 0 {
+				fmt.Fprintln(w, "\nno contracts yet: holdfast deploy FILE makes one")
+				return nil
+			}
+			fmt.Fprintln(w)
+			rows = [][]string{{"CONTRACT", "REVISION", "STATE", "ID"}}
+			for _, x := range s.Contracts {
+				rows = append(rows, []string{x.Name, fmt.Sprint(x.Revision), stateColour(w, x.State), x.ID.Short()})
+			}
+			table(w, rows...)
+			showWorkloads(w, s)
+			showRoutes(w, s)
+			return nil
+		},
+	}
+}
+
+func showWorkloads(w io.Writer, s *status) {
+	if len(s.Workloads) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	rows := [][]string{{"WORKLOAD", "NODE", "EPOCH", "STATE", "RESTARTS", "REASON"}}
+	for _, x := range s.Workloads {
+		rows = append(rows, []string{x.Name, x.Node, fmt.Sprint(x.Epoch), stateColour(w, x.State), fmt.Sprint(x.Restarts), x.Reason})
+	}
+	table(w, rows...)
+}
+
+func showRoutes(w io.Writer, s *status) {
+	if len(s.Routes) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	rows := [][]string{{"ROUTE", "STATE"}}
+	for _, x := range s.Routes {
+		rows = append(rows, []string{x.URL, stateColour(w, x.State)})
+	}
+	table(w, rows...)
+}
+
+// logs fetches from each node that runs a workload of the contract.
+func (a *app) logs(ctx context.Context, out io.Writer, u *deploy.User, cfg *grid.Client, args []string, follow bool, lines int) error {
+	rec, err := u.Find(ctx, args[0])
+	if err != nil {
+		return err
+	}
+	as, err := api.Get[ledger.Assignments](ctx, u.Client, ledger.AssignmentsKey(rec.ID))
+	if err != nil {
+		return err
+	}
+	nodes, err := u.Client.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	var from []ledger.Assignment
+	for _, x := range as.Current {
+		if (len(args) < 2 || x.Service == args[1]) && !x.Node.IsZero() {
+			from = append(from, x)
+		}
+	}
+	if len(from) == 0 {
+		return fmt.Errorf("no workload of %s runs anywhere", strings.Join(args, " "))
+	}
+	w := &lineWriter{w: out}
+	var eg errgroup.Group
+	for _, x := range from {
+		i := slices.IndexFunc(nodes, func(n *ledger.Node) bool { return n.ID == x.Node })
+		if i < 0 {
+			continue
+		}
+		prefix := ""
+		if len(from) > 1 {
+			prefix = fmt.Sprintf("%s-%d | ", x.Service, x.Replica)
+		}
+		fetch := func() error {
+			err := fetchLogs(ctx, u, cfg.Gateway, nodes[i], x.Workload, follow, lines, w.prefixed(prefix))
+			if err != nil {
+				return fmt.Errorf("%s-%d on %s: %w", x.Service, x.Replica, nodes[i].Name, err)
+			}
+			return nil
+		}
+		if follow {
+			eg.Go(fetch)
+		} else if err := fetch(); err != nil {
+			return err
+		}
+	}
+	return eg.Wait()
+}
+
+func fetchLogs(ctx context.Context, u *deploy.User, gateway string, n *ledger.Node, id contract.WorkloadID, follow bool, lines int, w io.Writer) error {
+	name := node.ServiceName(n.ID)
+	tr := &http.Transport{
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, network, gateway)
+		},
+		TLSClientConfig: &tls.Config{
+			ServerName: name, MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, // the key is pinned by the ledger instead
+			VerifyConnection: func(cs tls.ConnectionState) error {
+				if sha256.Sum256(cs.PeerCertificates[0].RawSubjectPublicKeyInfo) != n.TLS {
+					return fmt.Errorf("the answer is not from %s: its key is another", n.Name)
+				}
+				return nil
+			},
+		},
+	}
+	defer tr.CloseIdleConnections()
+	q := url.Values{"tail": {fmt.Sprint(lines)}}
+	if follow {
+		q.Set("follow", "1")
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+name+"/v1/logs/"+id.String()+"?"+q.Encode(), nil)
+	if err != nil {
+		return err
+	}
+	access.Sign(req, n.TLS, u.Account, u.Keys.DeviceKey(), time.Now())
+	resp, err := (&http.Client{Transport: tr}).Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
+		return errors.New(strings.TrimSpace(string(b)))
+	}
+	_, err = io.Copy(w, resp.Body)
+	return err
+}

@@ -1,0 +1,313 @@
+// Package deploy is the user's side of a contract: it turns a Compose file into a proposal (images found and pinned,
+// certificates issued, the difference from what runs), and a proposal into a signed revision (blobs and body sealed and
+// stored, envelopes for the account and every node that may run it, one transaction). Keys never leave this side but in
+// envelopes.
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"time"
+
+	"holdfast/api"
+	"holdfast/ca"
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/ledger"
+	"holdfast/store"
+)
+
+// User acts for an account with one device.
+type User struct {
+	Client  *api.Client
+	Account identity.AccountID
+	Keys    *identity.KeyFile
+	CA      *ca.CA
+}
+
+// Current is a contract as it stands.
+type Current struct {
+	Record *ledger.Contract
+	Header *contract.Header
+	Keys   *contract.Keys
+	Body   *contract.Body
+}
+
+// ErrUnknown is returned for a contract that the account does not have.
+var ErrUnknown = errors.New("the account has no such contract")
+
+// Contracts reads all contracts of the account, in order of creation.
+func (u *User) Contracts(ctx context.Context) ([]*ledger.Contract, error) {
+	return api.List[contract.ID, ledger.Contract](ctx, u.Client, ledger.AccountWorkKey(u.Account), ledger.ContractKey)
+}
+
+// Find returns the account's contract with that name or ID. Active ones go before cancelled ones.
+func (u *User) Find(ctx context.Context, name string) (*ledger.Contract, error) {
+	all, err := u.Contracts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var found *ledger.Contract
+	for _, c := range all {
+		if c.ID.String() == name || c.Name == name && (found == nil || found.State != ledger.Active) {
+			found = c
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("%q: %w", name, ErrUnknown)
+	}
+	return found, nil
+}
+
+// Header reads the header of a revision.
+func (u *User) Header(ctx context.Context, rev contract.RevisionID) (*contract.Header, error) {
+	key := ledger.RevisionKey(rev)
+	v, err := u.Client.Read(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	raw, ok := v.Value(key)
+	if !ok {
+		return nil, fmt.Errorf("%v: %w", rev, ledger.ErrAbsent)
+	}
+	h, err := contract.DecodeHeader(raw)
+	if err != nil {
+		return nil, err
+	}
+	if h.RevisionID() != rev {
+		return nil, fmt.Errorf("%v holds the header of %v", rev, h.RevisionID())
+	}
+	return h, nil
+}
+
+// Open reads a revision with its body.
+func (u *User) Open(ctx context.Context, c *ledger.Contract, rev contract.RevisionID) (*Current, error) {
+	h, err := u.Header(ctx, rev)
+	if err != nil {
+		return nil, err
+	}
+	e, err := api.Get[contract.Envelope](ctx, u.Client, ledger.EnvelopeKey(rev, contract.RecipientAccount, u.Account))
+	if err != nil {
+		return nil, fmt.Errorf("envelope of %v: %w", rev, err)
+	}
+	key, err := u.Keys.OpeningKey()
+	if err != nil {
+		return nil, err
+	}
+	keys, err := e.Open(key)
+	if err != nil {
+		return nil, err
+	}
+	r, _, err := u.Client.OpenBlob(ctx, h.SealedBody)
+	if err != nil {
+		return nil, fmt.Errorf("body of %v: %w", rev, err)
+	}
+	defer r.Close()
+	sealed, err := io.ReadAll(io.LimitReader(r, contract.MaxBody+1<<10))
+	if err != nil {
+		return nil, fmt.Errorf("body of %v: %w", rev, err)
+	}
+	body, err := contract.Open(h, keys, sealed)
+	if err != nil {
+		return nil, err
+	}
+	return &Current{c, h, keys, body}, nil
+}
+
+// Proposal is what a deployment would change.
+type Proposal struct {
+	Document *contract.Document
+	Current  *Current // nil: a new contract
+	Plan     contract.Plan
+	sources  map[string]*Source // by service
+}
+
+// Propose finds the images of a document and compares it with what runs. It changes nothing.
+func (u *User) Propose(ctx context.Context, doc *contract.Document, path string) (*Proposal, error) {
+	p := &Proposal{Document: doc, sources: map[string]*Source{}}
+	for _, r := range doc.Header.Routes {
+		if err := u.CA.Permits(r.Host); err != nil {
+			return nil, fmt.Errorf("route %s: %w", r.Host, err)
+		}
+	}
+	c, err := u.Find(ctx, doc.Name)
+	switch {
+	case errors.Is(err, ErrUnknown), err == nil && c.State != ledger.Active:
+	case err != nil:
+		return nil, err
+	default:
+		if p.Current, err = u.Open(ctx, c, c.Current); err != nil {
+			return nil, err
+		}
+	}
+	for i := range doc.Body.Services {
+		s := &doc.Body.Services[i]
+		src, err := Resolve(ctx, doc.Images[s.Name], filepath.Dir(path))
+		if err != nil {
+			return nil, fmt.Errorf("service %s: %w", s.Name, err)
+		}
+		p.sources[s.Name] = src
+		s.Image = contract.Image{Reference: src.Reference, Manifest: src.Manifest}
+	}
+	var oldH *contract.Header
+	var oldB *contract.Body
+	if p.Current != nil {
+		oldH, oldB = p.Current.Header, p.Current.Body
+	}
+	p.Plan = contract.Diff(oldH, oldB, &doc.Header, &doc.Body)
+	return p, nil
+}
+
+// Progress tells what Submit is doing.
+type Progress func(step string, done, total int64)
+
+// Submitted is a revision that the ledger has accepted.
+type Submitted struct {
+	Contract contract.ID
+	Revision contract.RevisionID
+	Header   *contract.Header
+	Height   int64
+}
+
+// place stores blobs in the name of the account.
+type place struct{ *User }
+
+func (p place) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
+	return p.Client.HasBlob(ctx, d)
+}
+
+func (p place) Put(ctx context.Context, d store.Digest, size int64, r io.Reader) error {
+	return p.Client.PutBlob(ctx, d, size, r, p.Account, p.Keys.DeviceKey())
+}
+
+// Submit seals, stores, signs and submits a proposal.
+func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress Progress) (*Submitted, error) {
+	if progress == nil {
+		progress = func(string, int64, int64) {}
+	}
+	var total, done int64
+	for _, s := range p.sources {
+		for _, b := range s.Blobs {
+			total += b.Size
+		}
+	}
+	h, body := p.Document.Header, p.Document.Body
+	images := map[string]*contract.Image{} // services that share an image push it once
+	for i := range body.Services {
+		s := &body.Services[i]
+		src := p.sources[s.Name]
+		img := images[src.Manifest]
+		if img == nil {
+			var err error
+			img, err = Push(ctx, src, u.Keys.BlobSecret(), place{u}, func(n int64) {
+				done += n
+				progress("images", done, total)
+			})
+			if err != nil {
+				return nil, fmt.Errorf("service %s: %w", s.Name, err)
+			}
+			images[src.Manifest] = img
+		}
+		s.Image = *img
+		s.Image.Reference = src.Reference
+	}
+	h.Version, h.Grid, h.Account, h.Revision = contract.Version, u.Client.Grid(), u.Account, 1
+	body.Version = contract.Version
+	var previous *contract.Keys
+	if c := p.Current; c != nil {
+		h.Revision, h.Contract, h.Previous, previous = c.Header.Revision+1, c.Record.ID, c.Record.Current, c.Keys
+	}
+	body.Certificates = nil
+	for _, r := range h.Routes {
+		cert, err := u.certificate(p.Current, r.Host, now)
+		if err != nil {
+			return nil, err
+		}
+		body.Certificates = append(body.Certificates, *cert)
+	}
+	progress("sealing", 0, 0)
+	keys := contract.NewKeys(&h, previous)
+	sealed, err := contract.Seal(&h, keys, &body)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Validate(); err != nil {
+		return nil, fmt.Errorf("contract header: %w", err)
+	}
+	if _, err := contract.Open(&h, keys, sealed); err != nil { // what we sign is what others will open
+		return nil, err
+	}
+	if err := (place{u}).Put(ctx, h.SealedBody, int64(len(sealed)), bytes.NewReader(sealed)); err != nil {
+		return nil, fmt.Errorf("store body: %w", err)
+	}
+	rev := h.RevisionID()
+	envelopes, err := u.envelopes(ctx, &h, rev, keys)
+	if err != nil {
+		return nil, err
+	}
+	progress("signing", 0, 0)
+	tx, err := u.act(ctx, ledger.KindContractSubmit, &ledger.ContractSubmit{Header: h.Encode(), Envelopes: envelopes})
+	if err != nil {
+		return nil, err
+	}
+	_ = tx
+	return &Submitted{Contract: h.ContractID(), Revision: rev, Header: &h}, nil
+}
+
+// certificate keeps the one that runs while it is good for another month.
+func (u *User) certificate(c *Current, host string, now time.Time) (*contract.Certificate, error) {
+	if c != nil {
+		for i := range c.Body.Certificates {
+			if old := &c.Body.Certificates[i]; old.Host == host && ca.Expires(old.Chain).After(now.Add(30*24*time.Hour)) {
+				return old, nil
+			}
+		}
+	}
+	chain, key, err := u.CA.Issue(host, now)
+	if err != nil {
+		return nil, err
+	}
+	return &contract.Certificate{Host: host, Chain: chain, Key: key}, nil
+}
+
+// envelopes are for the account and for every node that the placement allows.
+func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.RevisionID, keys *contract.Keys) ([]contract.Envelope, error) {
+	key, err := u.Keys.OpeningKey()
+	if err != nil {
+		return nil, err
+	}
+	pub := key.Public()
+	e, err := contract.SealEnvelope(rev, contract.RecipientAccount, u.Account, &pub, keys)
+	if err != nil {
+		return nil, err
+	}
+	out := []contract.Envelope{*e}
+	nodes, err := u.Client.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range nodes {
+		if !ledger.Eligible(h, n) {
+			continue
+		}
+		if e, err = contract.SealEnvelope(rev, contract.RecipientNode, n.ID, &n.Sealing, keys); err != nil {
+			return nil, err
+		}
+		out = append(out, *e)
+	}
+	return out, nil
+}
+
+func (u *User) act(ctx context.Context, kind ledger.Kind, payload any) (*ledger.Tx, error) {
+	return u.Client.Act(ctx, kind, ledger.Actor{ID: u.Account}, payload, u.Keys.DeviceKey())
+}
+
+// Cancel ends a contract. Its data stays on its nodes.
+func (u *User) Cancel(ctx context.Context, id contract.ID) error {
+	_, err := u.act(ctx, ledger.KindContractCancel, &ledger.ContractCancel{Contract: id})
+	return err
+}

@@ -1,0 +1,525 @@
+// Package grid lays out a whole grid on one machine: keys, genesis, one configuration for each daemon, and the boxes that
+// they run in (package box). It decides nothing at run time: the daemons are those of any grid, and what it writes could
+// be written by hand for separate machines.
+//
+//	DIR/genesis              the genesis document; its digest is the grid's ID
+//	DIR/client.json          how a user's commands reach the grid
+//	DIR/user.key grid.key    the user's and the grid account's keys (0600)
+//	DIR/ca/                  the user's certificate authority
+//	DIR/config/NAME.json     a daemon's configuration
+//	DIR/data/NAME/           a daemon's data, the only host directory that its box sees
+//	DIR/boxes lab log lock   the supervisor's
+package grid
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"holdfast/api"
+	"holdfast/identity"
+	"holdfast/internal/box"
+	"holdfast/ledger"
+	"holdfast/ledger/comet"
+	"holdfast/node"
+)
+
+// Segments of a grid's little internet. Farms have 1 to Farms.
+const (
+	Farms            = 3
+	segmentGateway   = 10
+	segmentValidator = 11
+	segmentOutside   = 12
+)
+
+// Ports, all in the boxes' own networks.
+const (
+	PortLedger  = 8441
+	PortP2P     = 26656
+	PortGateway = 443
+)
+
+// Options of a grid.
+type Options struct {
+	Dir    string
+	Nodes  int    // 0 means 3, or what the directory has
+	Listen string // address on the host that leads to the gateway; "" means 127.0.0.1:8443
+	Binary string // path of holdfast
+	Runsc  string // path of holdfast-runsc
+	Lease  time.Duration
+}
+
+// Grid is a laid out grid.
+type Grid struct {
+	Options
+	ID      string // short, from the directory; names cgroups
+	Genesis *ledger.Genesis
+	Plan    box.Plan
+}
+
+// Client is DIR/client.json.
+type Client struct {
+	Gateway string             `json:"gateway"` // host:port
+	Account identity.AccountID `json:"account"`
+}
+
+// ValidatorConfig configures "holdfast run validator".
+type ValidatorConfig struct {
+	Name    string       `json:"name"`
+	Genesis string       `json:"genesis"`
+	Data    string       `json:"data"`
+	P2P     string       `json:"p2p"`
+	API     string       `json:"api"`
+	Peers   []comet.Peer `json:"peers,omitempty"`
+}
+
+// NodeConfig configures "holdfast run node".
+type NodeConfig struct {
+	Name    string `json:"name"`
+	Genesis string `json:"genesis"`
+	Data    string `json:"data"`
+	Run     string `json:"run"`
+	Key     string `json:"key"`
+	Runsc   string `json:"runsc"`
+	Cgroup  string `json:"cgroup"`
+}
+
+// GatewayConfig configures "holdfast run gateway".
+type GatewayConfig struct {
+	Name    string `json:"name"`
+	Genesis string `json:"genesis"`
+	Data    string `json:"data"`
+	Key     string `json:"key"`
+	Listen  string `json:"listen"`
+}
+
+func nodeName(i int) string { return fmt.Sprintf("node-%d", i+1) }
+
+func uplink(segment, host int) *box.Uplink { return &box.Uplink{Segment: segment, Host: host} }
+
+// Layout reads the grid of a directory, and makes one when there is none. It is idempotent.
+func Layout(o Options) (*Grid, error) {
+	if o.Listen == "" {
+		o.Listen = "127.0.0.1:8443"
+	}
+	abs, err := filepath.Abs(o.Dir)
+	if err != nil {
+		return nil, err
+	}
+	o.Dir = abs
+	sum := sha256.Sum256([]byte(abs))
+	g := &Grid{Options: o, ID: hex.EncodeToString(sum[:4])}
+	for _, d := range []string{"config", "data", "log", "lab", "boxes"} {
+		if err := os.MkdirAll(filepath.Join(o.Dir, d), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if g.Nodes == 0 {
+		g.Nodes = max(g.existing(), 3)
+	}
+	if g.Nodes < 1 || g.Nodes > 30 {
+		return nil, fmt.Errorf("%d nodes: 1 to 30 fit on one machine", g.Nodes)
+	}
+	if err := g.genesis(); err != nil {
+		return nil, fmt.Errorf("lay out %s: %w", o.Dir, err)
+	}
+	if err := g.boxes(); err != nil {
+		return nil, fmt.Errorf("lay out %s: %w", o.Dir, err)
+	}
+	return g, nil
+}
+
+// existing counts the nodes that the directory has.
+func (g *Grid) existing() int {
+	n := 0
+	for ; ; n++ {
+		if _, err := os.Stat(filepath.Join(g.Dir, "data", nodeName(n))); err != nil {
+			return n
+		}
+	}
+}
+
+func (g *Grid) data(name string) string { return filepath.Join(g.Dir, "data", name) }
+
+// genesis makes keys and the genesis document, once.
+func (g *Grid) genesis() error {
+	path := filepath.Join(g.Dir, "genesis")
+	b, err := os.ReadFile(path)
+	if err == nil {
+		g.Genesis, err = ledger.DecodeGenesis(b)
+		return err
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	home := filepath.Join(g.data("validator"), "ledger")
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		return err
+	}
+	keys, err := comet.MakeKeys(home)
+	if err != nil {
+		return err
+	}
+	cert, err := comet.LoadCertificate(filepath.Join(g.data("validator"), "tls.pem"), "holdfast validator")
+	if err != nil {
+		return err
+	}
+	pin, err := comet.PinOf(cert)
+	if err != nil {
+		return err
+	}
+	admin, err := makeKey(filepath.Join(g.Dir, "grid.key"))
+	if err != nil {
+		return err
+	}
+	open, err := admin.OpeningKey()
+	if err != nil {
+		return err
+	}
+	lease := g.Lease
+	if lease == 0 {
+		lease = 5 * time.Second
+	}
+	var top box.Topology
+	addr := top.Addresses(*uplink(segmentValidator, 2))[0].Addr()
+	g.Genesis = &ledger.Genesis{
+		Version: 1, Name: "grid-" + g.ID, Time: time.Now().Unix(), Policy: identity.SingleDevice(), Sealing: open.Public(),
+		Devices:    []identity.Device{{Name: "up", Key: admin.DeviceKey().Public()}},
+		Validators: []ledger.Validator{{Name: "validator", Key: keys.Public, Power: 10, TLS: pin, Address: netip.AddrPortFrom(addr, PortLedger).String()}},
+		Lease:      lease, Margin: lease / 5,
+	}
+	return writeFile(path, g.Genesis.Encode(), 0o644)
+}
+
+func makeKey(path string) (*identity.KeyFile, error) {
+	k, err := identity.ReadKeyFile(path, "")
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return k, err
+	}
+	k = &identity.KeyFile{}
+	rand.Read(k.Device[:])
+	rand.Read(k.Root[:])
+	return k, identity.WriteKeyFile(path, k, "")
+}
+
+func writeFile(path string, b []byte, mode os.FileMode) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(b)
+	return errors.Join(err, tmp.Chmod(mode), tmp.Sync(), tmp.Close(), os.Rename(tmp.Name(), path))
+}
+
+// boxes writes the daemons' configurations and plans their boxes.
+func (g *Grid) boxes() error {
+	root := "/holdfast-" + g.ID
+	g.Plan = box.Plan{Dir: g.Dir, Self: []string{g.Binary, "run", "init"}, Cgroup: root, Segments: []int{segmentGateway, segmentValidator, segmentOutside}}
+	for f := range Farms {
+		g.Plan.Segments = append(g.Plan.Segments, f+1)
+	}
+	add := func(name, role string, cfg any, link *box.Uplink, bins map[string]string) error {
+		if err := os.MkdirAll(g.data(name), 0o700); err != nil {
+			return err
+		}
+		gen, err := os.ReadFile(filepath.Join(g.Dir, "genesis"))
+		if err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(g.data(name), "genesis"), gen, 0o644); err != nil {
+			return err
+		}
+		b, err := json.MarshalIndent(cfg, "", "  ")
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(g.Dir, "config", name+".json")
+		if err := writeFile(path, b, 0o600); err != nil {
+			return err
+		}
+		all := map[string]string{"/bin/holdfast": g.Binary}
+		for k, v := range bins {
+			all[k] = v
+		}
+		g.Plan.Boxes = append(g.Plan.Boxes, box.Spec{
+			Name: name, Args: []string{"/bin/holdfast", "run", role, "--config", "/etc/holdfast/config.json"}, Binaries: all, Data: g.data(name), Config: path,
+			Log: filepath.Join(g.Dir, "log", name+".log"), Cgroup: root + "/" + name, Uplink: link, Grace: 40 * time.Second,
+		})
+		return nil
+	}
+	any := func(port int) string { return fmt.Sprintf("[::]:%d", port) }
+	if err := add("validator", "validator", ValidatorConfig{Name: "validator", Genesis: "/data/genesis", Data: "/data", P2P: any(PortP2P), API: any(PortLedger)}, uplink(segmentValidator, 2), nil); err != nil {
+		return err
+	}
+	if err := add("gateway", "gateway", GatewayConfig{Name: "gateway", Genesis: "/data/genesis", Data: "/data", Key: "/data/gateway.key", Listen: any(PortGateway)}, uplink(segmentGateway, 2), nil); err != nil {
+		return err
+	}
+	for i := range g.Nodes {
+		name := nodeName(i)
+		cfg := NodeConfig{Name: name, Genesis: "/data/genesis", Data: "/data", Run: "/run/holdfast", Key: "/data/node.key", Runsc: "/bin/holdfast-runsc", Cgroup: root + "/" + name + "/work"}
+		if err := add(name, "node", cfg, g.nodeLink(i), map[string]string{"/bin/holdfast-runsc": g.Runsc}); err != nil {
+			return err
+		}
+	}
+	// The stranger's machine: nothing runs on it but what a test starts there.
+	g.Plan.Boxes = append(g.Plan.Boxes, box.Spec{Name: "outside", Uplink: uplink(segmentOutside, 2), Binaries: map[string]string{"/bin/holdfast": g.Binary}})
+	return nil
+}
+
+func (g *Grid) nodeLink(i int) *box.Uplink { return uplink(i%Farms+1, 2+i/Farms) }
+
+// GatewayAddr is where nodes and strangers find the gateway.
+func (g *Grid) GatewayAddr() string {
+	var top box.Topology
+	return netip.AddrPortFrom(top.Addresses(*uplink(segmentGateway, 2))[0].Addr(), PortGateway).String()
+}
+
+// Forward leads the host's listening address to the gateway's public port until ctx ends.
+func (g *Grid) Forward(ctx context.Context, l net.Listener) error {
+	return box.Forward(ctx, l, func() string {
+		r, err := box.Running(g.Dir)
+		if err != nil {
+			return ""
+		}
+		return r["internet"].NetNS()
+	}, g.GatewayAddr())
+}
+
+// Dial connects to the ledger's API from the user's side: through the gateway, as from anywhere.
+func Dial(gateway string) func(context.Context, *ledger.Validator) (net.Conn, error) {
+	return func(ctx context.Context, _ *ledger.Validator) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", gateway)
+	}
+}
+
+// Connect makes the user's client of the grid in dir.
+func Connect(dir string) (*api.Client, *Client, error) {
+	b, err := os.ReadFile(filepath.Join(dir, "genesis"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("there is no grid in %s: start one with holdfast up, or name another with --dir", dir)
+	} else if err != nil {
+		return nil, nil, err
+	}
+	gen, err := ledger.DecodeGenesis(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := &Client{}
+	if b, err = os.ReadFile(filepath.Join(dir, "client.json")); err != nil {
+		return nil, nil, fmt.Errorf("the grid in %s was never up: %w", dir, err)
+	}
+	if err := json.Unmarshal(b, c); err != nil {
+		return nil, nil, fmt.Errorf("client.json: %w", err)
+	}
+	cl, err := api.NewClient(api.ClientConfig{Genesis: gen, Dial: Dial(c.Gateway), Trust: filepath.Join(dir, "trust")})
+	return cl, c, err
+}
+
+// Bootstrap brings the ledger to what the grid needs: the user's account, farms, nodes and the gateway. Each step is done
+// once, whenever it was interrupted.
+func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
+	c, err := api.NewClient(api.ClientConfig{Genesis: g.Genesis, Dial: Dial(g.Listen), Trust: filepath.Join(g.Dir, "trust")})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for { // until the ledger answers
+		if _, err = c.Read(ctx, ledger.GridKey); err == nil {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the ledger does not answer: %w", errors.Join(ctx.Err(), err))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	admin, err := makeKey(filepath.Join(g.Dir, "grid.key"))
+	if err != nil {
+		return err
+	}
+	user, err := makeKey(filepath.Join(g.Dir, "user.key"))
+	if err != nil {
+		return err
+	}
+	if err := g.account(ctx, c, user, say); err != nil {
+		return err
+	}
+	gridActor := ledger.Actor{ID: g.Genesis.GridAccount()}
+	farms, err := api.List[identity.FarmID, ledger.Farm](ctx, c, ledger.FarmsKey, ledger.FarmKey)
+	if err != nil {
+		return err
+	}
+	ids := make([]identity.FarmID, Farms)
+	for f := range Farms {
+		name := fmt.Sprintf("farm-%d", f+1)
+		if i := slices.IndexFunc(farms, func(x *ledger.Farm) bool { return x.Name == name }); i >= 0 {
+			ids[f] = farms[i].ID
+			continue
+		}
+		say("admitting " + name)
+		tx, err := c.Act(ctx, ledger.KindFarmAdmit, gridActor, &ledger.FarmAdmit{Name: name, Owner: g.Genesis.GridAccount()}, admin.DeviceKey())
+		if err != nil {
+			return err
+		}
+		ids[f] = identity.FarmID(tx.ID())
+	}
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	var top box.Topology
+	cpu, mem := capacity(g.Nodes)
+	for i := range g.Nodes {
+		name := nodeName(i)
+		if slices.ContainsFunc(nodes, func(x *ledger.Node) bool { return x.Name == name }) {
+			continue
+		}
+		say("admitting " + name)
+		keys, err := node.LoadKeys(filepath.Join(g.data(name), "node.key"))
+		if err != nil {
+			return err
+		}
+		var eps []string
+		for _, p := range top.Addresses(*g.nodeLink(i)) {
+			eps = append(eps, p.Addr().String())
+		}
+		a, err := keys.Admission(c.Grid(), ids[i%Farms], name, eps, cpu, mem)
+		if err != nil {
+			return err
+		}
+		if _, err := c.Act(ctx, ledger.KindNodeAdmit, gridActor, a, admin.DeviceKey()); err != nil {
+			return err
+		}
+	}
+	gws, err := api.List[identity.GatewayID, ledger.Gateway](ctx, c, ledger.GatewaysKey, ledger.GatewayKey)
+	if err != nil {
+		return err
+	}
+	if len(gws) == 0 {
+		say("admitting gateway")
+		cert, err := comet.LoadCertificate(filepath.Join(g.data("gateway"), "gateway.key"), "holdfast gateway")
+		if err != nil {
+			return err
+		}
+		pin, err := comet.PinOf(cert)
+		if err != nil {
+			return err
+		}
+		if _, err := c.Act(ctx, ledger.KindGatewayAdmit, gridActor, &ledger.GatewayAdmit{Name: "gateway", TLS: pin, Address: g.GatewayAddr()}, admin.DeviceKey()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// account creates the user's account and writes client.json.
+func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFile, say func(string)) error {
+	open, err := user.OpeningKey()
+	if err != nil {
+		return err
+	}
+	k := user.DeviceKey()
+	tx := ledger.NewTx(c.Grid(), ledger.KindAccountCreate, ledger.Actor{}, 0, &ledger.AccountCreate{
+		Devices: []identity.Device{{Name: "up", Key: k.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public(),
+	})
+	tx.Sign(k)
+	id := identity.AccountID(tx.ID()) // the same whenever it is made from the same key
+	if _, err := api.Get[identity.Account](ctx, c, ledger.AccountKey(id)); errors.Is(err, ledger.ErrAbsent) {
+		say("creating account " + id.Short())
+		if _, err := c.Submit(ctx, tx); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(Client{Gateway: g.Listen, Account: id}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(filepath.Join(g.Dir, "client.json"), b, 0o644)
+}
+
+// capacity is what one of n nodes on this machine offers: an equal share of memory, and all cores, since they are shared.
+func capacity(n int) (cpuMilli uint32, memory uint64) {
+	return 8000, memoryOf() / uint64(n+1)
+}
+
+func memoryOf() uint64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 4 << 30
+	}
+	var kib uint64
+	if _, err := fmt.Sscanf(string(b), "MemTotal: %d kB", &kib); err != nil {
+		return 4 << 30
+	}
+	return kib << 10
+}
+
+// WaitUp returns when the ledger has heard all nodes.
+func (g *Grid) WaitUp(ctx context.Context) error {
+	c, _, err := Connect(g.Dir)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for {
+		nodes, err := c.Nodes(ctx)
+		up := 0
+		for _, n := range nodes {
+			down := box.Asked(g.Dir, n.Name)
+			if n.Up || down != box.Up {
+				up++
+			}
+		}
+		if err == nil && up >= g.Nodes {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d nodes are up: %w", up, g.Nodes, errors.Join(ctx.Err(), err))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// Down ends everything that a grid runs, and with data removes its directory.
+func Down(ctx context.Context, dir string, data bool) error {
+	if err := box.StopAll(ctx, dir); err != nil {
+		return err
+	}
+	sum := sha256.Sum256([]byte(dir))
+	box.RemoveCgroups("/holdfast-" + hex.EncodeToString(sum[:4]))
+	if data {
+		return os.RemoveAll(dir)
+	}
+	return nil
+}
+
+// Lab asks for a fault of a box and returns when it has come about.
+func Lab(ctx context.Context, dir, name string, want box.Wanted) error {
+	cfg := filepath.Join(dir, "config", name+".json")
+	if _, err := os.Stat(cfg); err != nil {
+		return fmt.Errorf("the grid in %s has no %q", dir, name)
+	}
+	if box.Supervisor(dir) == 0 {
+		return fmt.Errorf("the grid in %s is not up", dir)
+	}
+	if err := box.Ask(dir, name, want); err != nil {
+		return err
+	}
+	return box.Await(ctx, dir, name, want)
+}
