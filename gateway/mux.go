@@ -444,12 +444,6 @@ func (st *stream) take(size int) error {
 		return fmt.Errorf("tunnel: stream %d goes on behind its end", st.id)
 	}
 	st.granted -= size
-	if st.closed && !st.unwanted {
-		st.unwanted = true
-		if st.finSent {
-			st.session.opened.Go(func() { st.reset(resetStop) })
-		}
-	}
 	return nil
 }
 
@@ -458,6 +452,7 @@ func (st *stream) fill(size int) *block {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.closed || st.readErr != nil {
+		st.lost()
 		return nil
 	}
 	st.filling = true
@@ -477,6 +472,7 @@ func (st *stream) filled(b *block, n int) {
 	st.mu.Lock()
 	st.filling = false
 	if st.closed || st.readErr != nil {
+		st.lost()
 		st.mu.Unlock()
 		blocks.Put(b) // drop left it to us
 		return
@@ -484,6 +480,18 @@ func (st *stream) filled(b *block, n int) {
 	b.end += n
 	st.mu.Unlock()
 	poke(st.readable)
+}
+
+// lost notes that something came which nobody will read, and so without credit: the peer must be told, or he may wait for
+// credit for ever. He is told behind the end of this direction, so that he loses nothing of it. With mu held, on the
+// goroutine of receive.
+func (st *stream) lost() {
+	if !st.unwanted {
+		st.unwanted = true
+		if st.finSent {
+			st.session.opened.Go(func() { st.reset(resetStop) })
+		}
+	}
 }
 
 // drop gives the blocks back. Called with mu held.
@@ -768,12 +776,19 @@ func (st *stream) Close() error {
 		return net.ErrClosed
 	}
 	st.closed = true
+	for _, b := range st.blocks {
+		st.unwanted = st.unwanted || b.next < b.end && !st.finIn
+	}
+	stop := st.unwanted && st.finSent
 	st.drop()
 	st.mu.Unlock()
 	st.readBy.set(time.Time{})
 	st.writeBy.set(time.Time{})
 	poke(st.readable)
 	poke(st.writable)
+	if stop {
+		st.reset(resetStop)
+	}
 	return st.CloseWrite()
 }
 
