@@ -351,7 +351,7 @@ func unpackEntry(root *os.Root, r io.Reader, h *tar.Header) error {
 	}
 	parent, base := path.Split(name)
 	if parent = path.Clean(parent); parent != "." {
-		if err := root.MkdirAll(parent, 0o755); err != nil {
+		if err := makeParents(root, parent); err != nil {
 			return fmt.Errorf("%w: %w", ErrImage, err)
 		}
 	}
@@ -428,6 +428,32 @@ func onDir(root *os.Root, dir string, f func(fd int) error) error {
 	}
 	defer d.Close()
 	return f(int(d.Fd()))
+}
+
+// makeParents makes a directory and those above it. Where this layer has hidden something of that name the directory begins
+// empty.
+func makeParents(root *os.Root, dir string) error {
+	err := root.MkdirAll(dir, 0o755)
+	if err == nil {
+		return nil
+	}
+	for i := range len(dir) + 1 {
+		if i < len(dir) && dir[i] != '/' {
+			continue
+		}
+		st, lerr := root.Lstat(dir[:i])
+		if lerr != nil || st.Mode()&fs.ModeCharDevice == 0 {
+			continue
+		}
+		if err := errors.Join(root.Remove(dir[:i]), root.Mkdir(dir[:i], 0o755)); err != nil {
+			return err
+		}
+		if err := onDir(root, dir[:i], setOpaque); err != nil {
+			return err
+		}
+		return root.MkdirAll(dir, 0o755)
+	}
+	return err
 }
 
 // setOpaque hides what layers below have in a directory.

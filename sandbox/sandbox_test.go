@@ -185,10 +185,10 @@ func TestLife(t *testing.T) {
 	}
 }
 
-func TestLimitsBite(t *testing.T) {
+func TestMemoryAndCPULimitsBite(t *testing.T) {
 	l := newLab(t)
 	spin := func(id string) int {
-		_, out := l.exec(id, "/server", "spin", "500")
+		_, out := l.exec(id, "/server", "spin", "1000")
 		n, err := strconv.Atoi(strings.TrimSpace(out))
 		if err != nil {
 			t.Fatalf("%s: %q", id, out)
@@ -196,13 +196,15 @@ func TestLimitsBite(t *testing.T) {
 		return n
 	}
 	l.start("free")
-	l.start("bound", func(s *Spec) { s.CPUMilli, s.MemoryBytes, s.Pids = 200, 96<<20, 20 })
-	free, bound := spin("free"), spin("bound")
-	if bound*2 > free {
+	l.start("bound", func(s *Spec) { s.CPUMilli, s.MemoryBytes = 200, 96<<20 })
+	if free, bound := spin("free"), spin("bound"); bound*2 > free {
 		t.Errorf("a fifth of a core did %d rounds, a whole one %d", bound, free)
 	}
-	if code, out := l.exec("free", "/server", "alloc", "128"); code != 0 {
-		t.Errorf("control: 128 MiB without a limit: %d %s", code, out)
+	if code, out := l.exec("free", "/server", "alloc", "256"); code != 0 {
+		t.Errorf("control: 256 MiB without a limit: %d %s", code, out)
+	}
+	if code, out := l.exec("bound", "/server", "alloc", "8"); code != 0 {
+		t.Errorf("control: 8 MiB of 96: %d %s", code, out)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -210,17 +212,43 @@ func TestLimitsBite(t *testing.T) {
 		t.Errorf("256 MiB were given to a workload of 96: %s", out)
 	}
 	l.until("the end of what took too much", func() bool { return l.state("bound").State == Exited })
-	if s := l.state("bound"); !s.OOM {
+	if s := l.state("bound"); !s.OOM || s.Reason != "out of memory" {
 		t.Errorf("out of memory, but %+v", s)
 	}
-	l.start("forks", func(s *Spec) { s.Pids = 20 })
-	_, out := l.exec("free", "/server", "fork", "300")
-	if n, _ := strconv.Atoi(strings.Fields(out + " 0")[0]); n < 300 {
-		t.Errorf("control: without a limit %s", out)
+	// Files in the root are memory too.
+	l.start("files", func(s *Spec) { s.MemoryBytes = 96 << 20; s.Args = []string{"/server", "sleep"} })
+	l.Exec(ctx, "files", ExecSpec{Args: []string{"/server", "fill", "/big", "256"}})
+	l.until("the end of what wrote too much", func() bool { return l.state("files").State == Exited })
+	if s := l.state("free"); s.State != Running {
+		t.Errorf("a neighbour suffered: %+v", s)
 	}
-	code, forked, err := l.Exec(ctx, "forks", ExecSpec{Args: []string{"/server", "fork", "300"}})
-	if n, _ := strconv.Atoi(strings.Fields(string(forked) + " 0")[0]); err == nil && code == 0 && n >= 300 {
-		t.Errorf("300 processes came up under a limit of 20: %s", forked)
+}
+
+func TestProcessLimitBites(t *testing.T) {
+	l := newLab(t)
+	forked := func(id string, n int) int {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		_, out, _ := l.Exec(ctx, id, ExecSpec{Args: []string{"/server", "fork", strconv.Itoa(n)}})
+		got, _ := strconv.Atoi(strings.Fields(string(out) + " 0")[0])
+		return got
+	}
+	l.start("free")
+	l.start("bound", func(s *Spec) { s.Pids = 60 })
+	if n := forked("free", 80); n != 80 {
+		t.Errorf("control: without a limit %d of 80 processes came up", n)
+	}
+	if n := forked("bound", 80); n >= 60 || n < 3 {
+		t.Errorf("under a limit of 60, %d of 80 processes came up", n)
+	}
+	if s := l.state("bound"); s.State != Running {
+		t.Errorf("a fork that is refused ended the sandbox: %+v", s)
+	}
+	// Who may get around gVisor's limit meets the machine's.
+	l.start("strong", func(s *Spec) { s.Pids, s.CapAdd = 10, []string{"SYS_RESOURCE"} })
+	limit := 10*tasksPerTask + hostTasks
+	if n := forked("strong", 400); n >= 400 {
+		t.Errorf("%d processes came up where the machine allows %d tasks", n, limit)
 	}
 	if s := l.state("free"); s.State != Running {
 		t.Errorf("a neighbour suffered: %+v", s)

@@ -14,7 +14,8 @@
 //	GET  /exit?code=N      ends
 //	GET  /bytes?n=N        N bytes
 //
-// "server stubborn" ignores SIGTERM; "server flood N" prints N MiB; "server list DIR" names what is in a directory.
+// "server stubborn" ignores SIGTERM; "server flood N" prints N MiB; "server list DIR" names what is in a
+// directory; "server fill FILE N" writes N MiB.
 // "server health" asks the own / and exits 0 on success; "server sleep" sleeps; "server print TEXT…" prints and exits.
 package main
 
@@ -62,6 +63,16 @@ func main() {
 				fmt.Printf("%s\n", line[:99-len(strconv.Itoa(i))]+strconv.Itoa(i))
 			}
 			fmt.Println("flooded")
+			return
+		case "fill":
+			f, err := os.Create(os.Args[2])
+			if err == nil {
+				_, err = io.CopyN(f, zero{}, int64(atoi(os.Args[3]))<<20)
+			}
+			if err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
 			return
 		case "list":
 			entries, err := os.ReadDir(os.Args[2])
