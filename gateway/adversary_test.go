@@ -303,7 +303,6 @@ func TestOriginServesOnlyWhatItWasAskedToServe(t *testing.T) {
 func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 	leakCheck(t)
 	f := newFakeEdge(t, func(*tls.Config) {})
-	f.origin(t)
 	header, _ := streamHeader{Claim{"a.test", id(1), 1}, addrPort(&net.TCPAddr{IP: net.IPv4(1, 1, 1, 1), Port: 1})}.encode()
 	frame := func(kind, flags byte, size int, stream uint32, payload []byte) []byte {
 		b := []byte{kind, flags, byte(size >> 8), byte(size)}
@@ -314,6 +313,7 @@ func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 		many = append(many, frame(frameOpen, 0, len(header), uint32(i+1), header)...)
 	}
 	for name, bytes := range map[string][]byte{
+		"too many streams":          many,
 		"unknown frame":             frame(99, 0, 0, 1, nil),
 		"flags":                     frame(framePing, 1, 0, 0, nil),
 		"huge frame":                frame(frameData, 0, 65535, 1, nil),
@@ -325,6 +325,7 @@ func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 		"huge control message":      frame(frameData, 0, 4, 0, []byte{0xff, 0xff, 0xff, 0xff}),
 		"control message of zeroes": frame(frameData, 0, 5, 0, []byte{0, 0, 0, 1, 0}),
 	} {
+		o := f.origin(t) // a fresh one for each, or its pauses between tries would add up
 		s := f.session(t)
 		s.writing.Lock()
 		s.conn.Write(bytes)
@@ -335,8 +336,9 @@ func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 			t.Errorf("%s: the tunnel lives on", name)
 			s.close(nil)
 		}
+		f.session(t) // and the Origin comes back
+		o.SetEdges(nil)
 	}
-	f.session(t).close(nil) // and the Origin still comes back
 }
 
 func TestANodeCannotTakeAnothersHost(t *testing.T) {
