@@ -308,6 +308,7 @@ func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 		b := []byte{kind, flags, byte(size >> 8), byte(size)}
 		return append(binary.BigEndian.AppendUint32(b, stream), payload...)
 	}
+	service := Service{Host: "a.test", Workload: id(1), Epoch: 1, TLS: newAuthority(t).leaf(t, "a.test"), Handler: echo}
 	many := []byte{}
 	for i := range maxPeerStreams + 1 {
 		many = append(many, frame(frameOpen, 0, len(header), uint32(i+1), header)...)
@@ -326,6 +327,7 @@ func TestOriginSurvivesAnEdgeThatSpeaksNonsense(t *testing.T) {
 		"control message of zeroes": frame(frameData, 0, 5, 0, []byte{0, 0, 0, 1, 0}),
 	} {
 		o := f.origin(t) // a fresh one for each, or its pauses between tries would add up
+		check(t, o.SetServices([]Service{service}))
 		s := f.session(t)
 		s.writing.Lock()
 		s.conn.Write(bytes)

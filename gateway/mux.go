@@ -806,8 +806,9 @@ func (st *stream) reset(code resetCode) {
 	poke(st.readable)
 	poke(st.writable)
 	if !ended {
-		st.session.forget(st.id)
+		// It counts until the peer can know: else one who opens streams and takes no resets would pile them up.
 		_ = st.session.send(frameReset, st.id, []byte{byte(code)})
+		st.session.forget(st.id)
 	}
 }
 
