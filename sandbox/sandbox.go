@@ -13,7 +13,7 @@
 //
 // Each sandbox has a shim, a process of its own that outlives the caller: it runs runsc, keeps the logs, records the end,
 // and is the watchdog that ends a fenced workload when the lease file's deadline passes. The shim holds a lock on
-// bundles/ID/lock as long as it lives: whoever asks whether a sandbox is alive asks the lock, never a process ID.
+// bundles/ID/lock (an open file description's) as long as it lives: whoever asks whether a sandbox is alive asks the lock, never a process ID.
 package sandbox
 
 import (
@@ -203,8 +203,9 @@ type shimFile struct {
 	Labels map[string]string
 }
 
-// Start runs a sandbox. It returns when the sandbox runs, or with the reason why it does not. A sandbox that runs with
-// the same Spec is left as it is.
+// Start runs a sandbox. It returns when the sandbox runs, or with the reason why it does not; one whose first process could
+// not be started stays listed as Exited until Stop or the next Start. A sandbox that runs with the same Spec is left as it
+// is.
 func (r *Runner) Start(ctx context.Context, s Spec) error {
 	if !idForm.MatchString(s.ID) {
 		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", s.ID)
@@ -249,7 +250,7 @@ func (r *Runner) create(b string, s *Spec) error {
 		return err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
 		return fmt.Errorf("lock: %w", err)
 	}
 	rootfs := filepath.Join(b, "rootfs")
@@ -358,14 +359,16 @@ func (r *Runner) await(ctx context.Context, b string) error {
 	}
 }
 
-// alive reports whether the bundle's shim lives.
+// alive reports whether the bundle's shim lives. It asks for the lock's holder and never takes the lock, not even for a
+// moment, in which somebody else would be refused it.
 func alive(b string) bool {
 	f, err := os.Open(filepath.Join(b, "lock"))
 	if err != nil {
 		return false
 	}
 	defer f.Close()
-	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+	l := unix.Flock_t{Type: unix.F_RDLCK}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
 }
 
 // Stop ends a sandbox and removes all of it but its logs, which are kept for a while. A sandbox that is not there is

@@ -42,13 +42,13 @@ func TestMain(m *testing.M) {
 
 type lab struct {
 	*Runner
-	t     *testing.T
+	t     testing.TB
 	img   Image
 	blobs *testimage.Image
 	netns string
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
