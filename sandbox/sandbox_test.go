@@ -260,7 +260,8 @@ func TestNothingToGain(t *testing.T) {
 	l.start("plain")
 	l.start("none", func(s *Spec) { s.CapDrop = []string{"ALL"} })
 	l.start("more", func(s *Spec) { s.CapAdd = []string{"NET_RAW"} })
-	l.start("user", func(s *Spec) { s.User = "user"; s.ReadOnly = true })
+	l.start("user", func(s *Spec) { s.User = "user" })
+	l.start("fixed", func(s *Spec) { s.ReadOnly = true })
 	field := func(id, name string) string {
 		_, out := l.exec(id, "/server", "status")
 		for line := range strings.Lines(out) {
@@ -281,6 +282,9 @@ func TestNothingToGain(t *testing.T) {
 	if c := bits("plain"); c&netRaw != 0 || c == 0 || c>>21&1 != 0 {
 		t.Errorf("default capabilities %x", c)
 	}
+	if n := field("plain", "NoNewPrivs"); n != "1" {
+		t.Errorf("NoNewPrivs is %q", n)
+	}
 	if c := bits("none"); c != 0 {
 		t.Errorf("dropped all, has %x", c)
 	}
@@ -290,7 +294,7 @@ func TestNothingToGain(t *testing.T) {
 	if c := bits("user"); c != 0 || !strings.HasPrefix(field("user", "Uid"), "1000") {
 		t.Errorf("a user has %x, UID %s", c, field("user", "Uid"))
 	}
-	if code, _ := l.exec("user", "/server", "write", "/x"); code == 0 {
+	if code, _ := l.exec("fixed", "/server", "write", "/x"); code == 0 {
 		t.Error("the read-only root was written")
 	}
 	if code, out := l.exec("plain", "/server", "write", "/x"); code != 0 {
@@ -352,12 +356,23 @@ func TestAnotherRunnerAdopts(t *testing.T) {
 	if len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
-	// A bundle that an agent left half made is no sandbox, and Start gets over it.
-	if err := os.MkdirAll(filepath.Join(l.bundle("half"), "rootfs"), 0o700); err != nil {
+	// A bundle that an agent left half made is no sandbox, and is swept with its mount.
+	for _, d := range []string{"rootfs", "upper", "work"} {
+		if err := os.MkdirAll(filepath.Join(l.bundle("half"), d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := mountRoot(l.cfg.Dir, l.bundle("half"), l.img); err != nil {
 		t.Fatal(err)
+	}
+	if left := l.leftovers(); !strings.Contains(strings.Join(left, ""), "bundles/half/rootfs") {
+		t.Fatalf("control: %v", left)
 	}
 	if s := l.state("half"); s.ID != "" {
 		t.Errorf("half made, but %+v", s)
+	}
+	if left := strings.Join(l.leftovers(), "\n"); strings.Contains(left, "half") {
+		t.Errorf("left %v", left)
 	}
 	l.start("half")
 }
