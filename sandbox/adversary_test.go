@@ -226,6 +226,9 @@ func TestLogsAreBoundedAndDated(t *testing.T) {
 	l := newLab(t)
 	l.start("loud", func(s *Spec) { s.Args = []string{"/server", "flood", "6"} })
 	l.until("the end", func() bool { return l.state("loud").State == Exited })
+	if s := l.state("loud"); s.FinishedAt.Sub(s.StartedAt) < time.Second {
+		t.Errorf("6 MiB were logged in %v: nothing holds up who floods", s.FinishedAt.Sub(s.StartedAt))
+	}
 	var size int64
 	files, _ := filepath.Glob(filepath.Join(l.cfg.Dir, "logs", "loud", "*"))
 	for _, f := range files {
@@ -320,6 +323,41 @@ func TestACommandThatHangsIsKilled(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(l.bundle("s"), "exec-*")); len(left) > 0 {
 		t.Errorf("left %v", left)
+	}
+}
+
+func TestWhatAVolumeWasGivenSurvivesTheKill(t *testing.T) {
+	l := newLab(t)
+	dir := filepath.Join(t.TempDir(), "volume")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l.start("v", func(s *Spec) {
+		s.Mounts = []Mount{{Source: dir, Target: "/data/deep"}, {Source: dir, Target: "/view", ReadOnly: true}, {Tmpfs: true, Size: 1 << 20, Target: "/scratch"}}
+	})
+	if code, out := l.exec("v", "/server", "write", "/data/deep/file"); code != 0 {
+		t.Fatal(out)
+	}
+	if code, _ := l.exec("v", "/server", "write", "/view/other"); code == 0 {
+		t.Error("a read-only mount was written")
+	}
+	if code, out := l.exec("v", "/server", "fill", "/scratch/x", "2"); code == 0 {
+		t.Errorf("2 MiB in a tmpfs of 1: %s", out)
+	}
+	var st statusFile
+	if err := readJSON(filepath.Join(l.bundle("v"), "status.json"), &st); err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(st.PID, unix.SIGKILL) // no sync, no orderly end
+	l.until("the end of all its processes", func() bool { return len(l.processes()) == 0 })
+	if b, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || string(b) != "x" {
+		t.Errorf("on the volume: %q %v", b, err)
+	}
+	if err := l.Stop(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "file")); err != nil {
+		t.Errorf("the stop took what is on the volume along: %v", err)
 	}
 }
 
@@ -434,7 +472,7 @@ func TestAnUnreadableLeaseIsAnEndedOne(t *testing.T) {
 			t.Fatal(err)
 		}
 		l.until("the fence", func() bool { return l.state("f-"+name).State == Exited })
-		if d := time.Since(begin); d > time.Second {
+		if d := l.state("f-" + name).FinishedAt.Sub(begin); d > time.Second {
 			t.Errorf("%s lease: ended after %v", name, d)
 		}
 	}

@@ -86,13 +86,16 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	cmd := exec.Command(s.cfg.Runsc[0], append(slices.Clone(s.cfg.Runsc[1:]), "run", "--bundle", s.bundle, "--pid-file", pidFile, s.cfg.ID)...)
 	cmd.Env = []string{"PATH=/bin"}
 	cmd.Dir = "/"
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	errs, err := cmd.StderrPipe()
-	if err != nil {
-		return err
+	var pipes []*os.File
+	for _, to := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		defer w.Close()
+		pipes = append(pipes, r, w)
+		*to = w
 	}
 	// A group of its own: a signal to the shim's group must reach the workload through Stop only.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
@@ -101,12 +104,22 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	}
 	s.runsc = cmd
 	var pumps sync.WaitGroup
-	pumps.Go(func() { log.copy(out) })
-	pumps.Go(func() { log.copy(errs) })
+	for i := 0; i < len(pipes); i += 2 {
+		pipes[i+1].Close()
+		pumps.Go(func() { log.copy(pipes[i]) })
+	}
 	done := make(chan error, 1)
 	go func() {
+		err := cmd.Wait()
+		// What was written last is read to its end, but a stray process that holds the pipe does not keep us.
+		late := time.AfterFunc(2*time.Second, func() {
+			for _, p := range pipes {
+				p.Close()
+			}
+		})
 		pumps.Wait()
-		done <- cmd.Wait()
+		late.Stop()
+		done <- err
 	}()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -314,9 +327,14 @@ func (l *logFile) close() {
 	l.f.Close()
 }
 
-// copy writes lines until r ends. It never stops reading: a full log must not block the workload.
+// logRate bounds the bytes a second that each stream may write. Above it the workload waits: what it writes costs work
+// here, outside its limits.
+const logRate = 4 << 20
+
+// copy writes lines until r ends. It never stops reading: a full log does not block the workload.
 func (l *logFile) copy(r io.Reader) {
 	br := bufio.NewReaderSize(r, maxLine)
+	begin, sum := time.Now(), 0
 	for {
 		line, err := br.ReadSlice('\n')
 		if len(line) > 0 {
@@ -324,6 +342,10 @@ func (l *logFile) copy(r io.Reader) {
 		}
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 			return
+		}
+		if sum += len(line) + len(logTime); sum >= logRate/4 {
+			time.Sleep(time.Second/4 - time.Since(begin))
+			begin, sum = time.Now(), 0
 		}
 	}
 }

@@ -20,6 +20,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -59,10 +60,12 @@ func main() {
 			return
 		case "flood":
 			line := strings.Repeat("x", 99)
+			out := bufio.NewWriter(os.Stdout)
 			for i := range atoi(os.Args[2]) << 20 / 100 {
-				fmt.Printf("%s\n", line[:99-len(strconv.Itoa(i))]+strconv.Itoa(i))
+				fmt.Fprintf(out, "%s\n", line[:99-len(strconv.Itoa(i))]+strconv.Itoa(i))
 			}
-			fmt.Println("flooded")
+			fmt.Fprintln(out, "flooded")
+			out.Flush()
 			return
 		case "fill":
 			f, err := os.Create(os.Args[2])
