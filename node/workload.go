@@ -51,14 +51,12 @@ type WorkVolume struct {
 
 // observed is what the pure decision needs to know.
 type observed struct {
-	instances   map[string]sandbox.Status // of this workload, by sandbox ID
-	leaseOK     bool
-	dependency  string // what it waits for; "" for nothing
-	lastStart   time.Time
-	restarts    uint32
-	unhealthy   bool // the health check failed often enough
-	now         time.Time
-	maxAttempts uint32
+	instances  map[string]sandbox.Status // of this workload, by sandbox ID
+	leaseOK    bool
+	dependency string // what it waits for; "" for nothing
+	restarts   uint32
+	unhealthy  bool // the health check failed often enough
+	now        time.Time
 }
 
 // step is what to do next with a workload.

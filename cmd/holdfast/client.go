@@ -148,7 +148,7 @@ func (a *app) deployCmd() *cobra.Command {
 			}
 			pr := newProgress(cmd.ErrOrStderr())
 			defer pr.done()
-			id := contract.ID{}
+			var id contract.ID
 			if p.Plan.Empty() {
 				id = p.Current.Record.ID
 				if !a.json {

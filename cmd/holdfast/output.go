@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"text/tabwriter"
-	"time"
 
 	"golang.org/x/term"
 )
@@ -34,7 +33,6 @@ type progress struct {
 	w    io.Writer
 	tty  bool
 	last string
-	at   time.Time
 }
 
 func newProgress(w io.Writer) *progress {

@@ -138,7 +138,7 @@ func main() {
 	http.HandleFunc("GET /file", func(w http.ResponseWriter, r *http.Request) {
 		b, err := os.ReadFile(r.FormValue("path"))
 		if err != nil {
-			http.Error(w, err.Error(), 404)
+			http.Error(w, err.Error(), http.StatusNotFound)
 			return
 		}
 		w.Write(b)
@@ -152,7 +152,7 @@ func main() {
 			err = f.Sync()
 		}
 		if err != nil {
-			http.Error(w, err.Error(), 500)
+			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
 		f.Close()
@@ -174,7 +174,7 @@ func main() {
 		c := http.Client{Timeout: 3 * time.Second}
 		resp, err := c.Get(r.FormValue("url"))
 		if err != nil {
-			http.Error(w, err.Error(), 502)
+			http.Error(w, err.Error(), http.StatusBadGateway)
 			return
 		}
 		defer resp.Body.Close()
@@ -189,7 +189,7 @@ func main() {
 			_, err = c.Read(make([]byte, 1))
 		}
 		if err != nil {
-			http.Error(w, err.Error(), 502)
+			http.Error(w, err.Error(), http.StatusBadGateway)
 			return
 		}
 		c.Close()
@@ -200,7 +200,7 @@ func main() {
 		defer cancel()
 		a, err := net.DefaultResolver.LookupHost(ctx, r.FormValue("name"))
 		if err != nil {
-			http.Error(w, err.Error(), 502)
+			http.Error(w, err.Error(), http.StatusBadGateway)
 			return
 		}
 		fmt.Fprintln(w, strings.Join(a, " "))
