@@ -478,6 +478,33 @@ func TestAnUnreadableLeaseIsAnEndedOne(t *testing.T) {
 	}
 }
 
+func TestTheFenceDoesNotWaitForAGrace(t *testing.T) {
+	l := newLab(t)
+	l.lease(time.Hour)
+	l.start("deaf", func(s *Spec) { s.Args, s.StopGrace, s.Fenced = []string{"/server", "stubborn"}, time.Minute, true })
+	l.until("the trap", func() bool {
+		var out strings.Builder
+		l.Logs(t.Context(), "deaf", false, 1, &out)
+		return strings.Contains(out.String(), "ignoring")
+	})
+	stopped := make(chan error, 1)
+	go func() { stopped <- l.Stop(t.Context(), "deaf") }()
+	select {
+	case err := <-stopped:
+		t.Fatalf("control: it did not use its grace: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	l.lease(0)
+	select {
+	case err := <-stopped:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(3 * time.Second):
+		t.Error("its lease has ended, and it uses the rest of its grace")
+	}
+}
+
 // agentMode is the body of the process that TestAKilledAgentLeaksNothing kills: it starts sandboxes until it is killed.
 func agentMode(file string) error {
 	var in struct {

@@ -31,8 +31,8 @@ const (
 )
 
 // Shim runs one sandbox to its end. It is the body of a process of its own, which inherits the bundle's lock as file
-// descriptor 3. SIGTERM asks it to stop the workload. When it is killed itself, the kernel kills runsc and with it the
-// sandbox: a fenced workload never runs without its watchdog.
+// descriptor 3. SIGTERM or the end of ctx asks it to stop the workload. When it is killed itself, the kernel kills runsc and
+// with it the sandbox: a fenced workload never runs without its watchdog.
 func Shim(ctx context.Context, bundle string) error {
 	unix.CloseOnExec(3) // runsc must not hold the lock
 	// Secrets pass through this process: no ptrace by others of the same user, and no core dumps, neither its own nor those
@@ -59,6 +59,9 @@ func Shim(ctx context.Context, bundle string) error {
 	return nil
 }
 
+// fenced is why a sandbox ended whose lease did.
+const fenced = "its lease ended"
+
 // A shim is used by one goroutine.
 type shim struct {
 	cfg     shimFile
@@ -75,7 +78,7 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if s.cfg.Fenced && s.expired() {
-		return s.end(-1, "its lease ended")
+		return s.end(-1, fenced)
 	}
 	log, err := openLog(s.cfg.Logs)
 	if err != nil {
@@ -125,6 +128,25 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	defer tick.Stop()
 	reason := ""
 	var kill <-chan time.Time
+	ask := func() {
+		if reason != "" {
+			return
+		}
+		reason = "stopped"
+		if s.st.Started.IsZero() {
+			s.kill() // there is nothing yet that could end in an orderly way
+			kill = time.After(time.Second)
+			return
+		}
+		sig := strings.TrimPrefix(s.cfg.Signal, "SIG")
+		if sig == "" {
+			sig = "TERM"
+		}
+		kill = time.After(s.cfg.Grace)
+		// Beside the loop, so that a runsc that hangs holds up neither the end of the grace nor the fence.
+		go s.command(min(s.cfg.Grace, 10*time.Second), "kill", s.cfg.ID, sig)
+	}
+	ended := ctx.Done() // a context that ends with SIGTERM does no harm: it asks for the same
 	for {
 		select {
 		case err := <-done:
@@ -139,37 +161,20 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 				}
 				tick.Reset(100 * time.Millisecond)
 			}
-			if s.cfg.Fenced && reason == "" && s.expired() {
+			if s.cfg.Fenced && reason != fenced && s.expired() {
 				// Whoever is assigned next may begin after lease and margin: no grace.
-				reason = "its lease ended"
+				reason = fenced
 				s.kill()
 				kill = time.After(time.Second)
 			}
 		case <-stop:
-			if reason != "" {
-				break
-			}
-			reason = "stopped"
-			if s.st.Started.IsZero() {
-				s.kill() // there is nothing yet that could end in an orderly way
-				kill = time.After(time.Second)
-				break
-			}
-			sig := strings.TrimPrefix(s.cfg.Signal, "SIG")
-			if sig == "" {
-				sig = "TERM"
-			}
-			grace := time.NewTimer(s.cfg.Grace)
-			defer grace.Stop()
-			kill = grace.C
-			// Beside the loop, so that a runsc that hangs holds up neither the end of the grace nor the fence.
-			go s.command(min(s.cfg.Grace, 10*time.Second), "kill", s.cfg.ID, sig)
+			ask()
+		case <-ended:
+			ended = nil
+			ask()
 		case <-kill:
 			s.kill()
 			kill = time.After(time.Second)
-		case <-ctx.Done():
-			s.kill()
-			return ctx.Err()
 		}
 	}
 }
