@@ -155,7 +155,8 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 		}
 		// A block may still be telling the mempool.
 		n.Mempool().Lock()
-		n.Mempool().Unlock() //nolint:staticcheck // waiting is the point
+		//lint:ignore SA2001 waiting is the point
+		n.Mempool().Unlock()
 	}()
 	v.mu.Lock()
 	v.blocks, v.pool = n.BlockStore(), n.Mempool()
