@@ -353,6 +353,12 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	return nil
 }
 
+// NetworkPrefix are the 40 bits of an overlay network's /48, as package overlay derives them (a test of node/ compares).
+func NetworkPrefix(id contract.NetworkID) [5]byte {
+	d := sha256.Sum256(append([]byte("holdfast/net/v1\x00"), id[:]...))
+	return [5]byte(d[:5])
+}
+
 // networks gives each network of the contract its index. An overlay prefix that another network already has is refused:
 // addresses are 40 bits of a hash.
 func (b *batch) networks(id contract.ID, h *contract.Header) error {
@@ -365,11 +371,11 @@ func (b *batch) networks(id contract.ID, h *contract.Header) error {
 		if g.NextNetwork >= 30000 {
 			return errors.New("the grid has no room for another network")
 		}
-		prefix := sha256.Sum256(append([]byte("holdfast/net/v1\x00"), nid[:]...)) // as overlay.Prefix; a test of node/ compares
-		if _, taken := b.tree.get(addressKey(prefix[:5])); taken {
+		prefix := NetworkPrefix(nid)
+		if _, taken := b.tree.get(addressKey(prefix[:])); taken {
 			return fmt.Errorf("network %q would share its addresses with another: change the contract's name", name)
 		}
-		set(b, addressKey(prefix[:5]), &nid)
+		set(b, addressKey(prefix[:]), &nid)
 		set(b, NetworkKey(nid), &Network{ID: nid, Contract: id, Name: name, Index: g.NextNetwork})
 		g.NextNetwork++
 		set(b, GridKey, g)

@@ -69,6 +69,7 @@ type Agent struct {
 	beat    chan struct{}
 	ownTLS  *tls.Config
 	handler http.Handler
+	pruned  time.Time  // only the view's loop touches it
 	nonce   sync.Mutex // one transaction of this node at a time
 
 	mu       sync.Mutex
@@ -101,7 +102,8 @@ type mesh struct {
 // New makes an Agent; nothing happens before Run.
 func New(cfg Config) (*Agent, error) {
 	a := &Agent{
-		cfg: cfg, log: cfg.Log, client: cfg.Client,
+		pruned: time.Now(), // what was unpacked before this start may be about to be used again
+		cfg:    cfg, log: cfg.Log, client: cfg.Client,
 		blobs:  store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
 		lease:  &lease{path: filepath.Join(cfg.Run, "lease")},
 		beat:   make(chan struct{}, 1),
@@ -314,6 +316,9 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	a.setWorkloads(want)
 	a.setEdges(v)
 	a.setServices()
+	if len(errs) == 0 {
+		errs = append(errs, a.prune(ctx))
+	}
 	return 0, errors.Join(errs...)
 }
 
@@ -522,6 +527,23 @@ func (a *Agent) act(ctx context.Context, kind ledger.Kind, payload any) error {
 	defer a.nonce.Unlock()
 	_, err := a.client.Act(ctx, kind, ledger.Actor{Node: true, ID: a.cfg.Keys.ID}, payload, a.cfg.Keys.Sign)
 	return err
+}
+
+// prune frees the memory that layers of images take which nothing here uses, now and then.
+func (a *Agent) prune(ctx context.Context) error {
+	if time.Since(a.pruned) < 10*time.Minute {
+		return nil
+	}
+	a.pruned = time.Now()
+	var keep []sandbox.Image
+	a.mu.Lock()
+	for _, c := range a.control {
+		if img, ok := c.inUse(); ok {
+			keep = append(keep, img)
+		}
+	}
+	a.mu.Unlock()
+	return a.runner.Prune(ctx, keep)
 }
 
 // setMeshes starts, changes and ends overlay networks.

@@ -153,11 +153,12 @@ type controller struct {
 	report  ledger.Report
 	serving bool // routes may lead here
 
+	image   sandbox.Image
+	imageOf string // manifest that image was unpacked from
+
 	// Only the loop's goroutine touches these.
 	restarts uint32
 	health   *prober
-	image    sandbox.Image
-	imageOf  string // manifest that image was unpacked from
 }
 
 func (a *Agent) newController(id contract.WorkloadID) *controller {
@@ -286,15 +287,24 @@ func (c *controller) publish(w *Workload, state, reason string, healthy bool, co
 
 // prepare fetches and unpacks the image. Every layer is verified; a mismatch is an error and nothing is started.
 func (c *controller) prepare(ctx context.Context, w *Workload) error {
-	if c.imageOf == w.Process.Image.Manifest {
+	if img, ok := c.inUse(); ok && img.Manifest == w.Process.Image.Manifest {
 		return nil
 	}
 	img, err := c.agent.runner.Unpack(ctx, c.agent.imageBlobs(&w.Process.Image), w.Process.Image.Manifest)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", w.Process.Image.Reference, err)
 	}
+	c.mu.Lock()
 	c.image, c.imageOf = img, w.Process.Image.Manifest
+	c.mu.Unlock()
 	return nil
+}
+
+// inUse is the image that the workload runs or is about to run.
+func (c *controller) inUse() (sandbox.Image, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.image, c.imageOf != "" && c.want != nil
 }
 
 // start opens volumes, joins the network and runs the sandbox. Each part is idempotent.

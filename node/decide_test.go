@@ -1,0 +1,187 @@
+package node
+
+import (
+	"net/netip"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/ledger"
+	"holdfast/overlay"
+	"holdfast/sandbox"
+)
+
+func TestDecide(t *testing.T) {
+	now := time.Unix(1000, 0)
+	work := func(f ...func(*Workload)) *Workload {
+		w := &Workload{Instance: "new", Process: &contract.Process{}}
+		for _, g := range f {
+			g(w)
+		}
+		return w
+	}
+	ended := func(code int, ran, ago time.Duration) sandbox.Status {
+		return sandbox.Status{ID: "new", State: sandbox.Exited, ExitCode: code, StartedAt: now.Add(-ago - ran), FinishedAt: now.Add(-ago)}
+	}
+	running := sandbox.Status{ID: "new", State: sandbox.Running}
+	old := sandbox.Status{ID: "old", State: sandbox.Running}
+	is := func(s ...sandbox.Status) map[string]sandbox.Status {
+		m := map[string]sandbox.Status{}
+		for _, x := range s {
+			m[x.ID] = x
+		}
+		return m
+	}
+	policy := func(p string) func(*Workload) { return func(w *Workload) { w.Process.Restart = p } }
+	fenced := func(w *Workload) { w.Fenced = true }
+	held := func(w *Workload) { w.Held = "volume on node-2" }
+	for _, tc := range []struct {
+		name  string
+		want  *Workload
+		o     observed
+		stop  []string
+		start bool
+		state string
+	}{
+		{"what is assigned starts", work(), observed{leaseOK: true}, nil, true, ledger.StateStarting},
+		{"what runs is left alone", work(), observed{leaseOK: true, instances: is(running)}, nil, false, ledger.StateRunning},
+		{"what is no longer assigned stops", nil, observed{instances: is(running, old)}, []string{"new", "old"}, false, ""},
+		{"a new revision takes the old one's place", work(), observed{leaseOK: true, instances: is(old)}, []string{"old"}, true, ledger.StateStarting},
+		{"what the ledger holds does not run", work(held), observed{leaseOK: true, instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"without a lease what has a volume stops", work(fenced), observed{instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"without a lease what has a volume does not start", work(fenced), observed{}, nil, false, ledger.StateWaiting},
+		{"without a lease what has none goes on", work(), observed{instances: is(running)}, nil, false, ledger.StateRunning},
+		{"a dependency delays the start", work(), observed{leaseOK: true, dependency: "db: service_healthy"}, nil, false, ledger.StateWaiting},
+		{"a dependency does not stop what runs", work(), observed{leaseOK: true, dependency: "db", instances: is(running)}, nil, false, ledger.StateRunning},
+		{"what ends is started again", work(), observed{leaseOK: true, now: now, instances: is(ended(1, time.Minute, 0))}, []string{"new"}, true, ledger.StateFailed},
+		{"what dies young waits", work(), observed{leaseOK: true, now: now, restarts: 5, instances: is(ended(1, time.Second, 0))}, nil, false, ledger.StateFailed},
+		{"and is started when it has waited", work(), observed{leaseOK: true, now: now, restarts: 5, instances: is(ended(1, time.Second, time.Minute))}, []string{"new"}, true, ledger.StateFailed},
+		{"restart no stays ended", work(policy("no")), observed{leaseOK: true, now: now, instances: is(ended(0, time.Second, time.Hour))}, nil, false, ledger.StateExited},
+		{"on-failure stays ended after success", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(ended(0, time.Second, time.Hour))}, nil, false, ledger.StateExited},
+		{"on-failure starts again after failure", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(ended(2, time.Second, time.Hour))}, []string{"new"}, true, ledger.StateFailed},
+		{"what is unhealthy is started again", work(), observed{leaseOK: true, unhealthy: true, instances: is(running)}, []string{"new"}, true, ledger.StateFailed},
+	} {
+		s := decide(tc.want, tc.o)
+		if !reflect.DeepEqual(s.stop, tc.stop) || s.start != tc.start || s.state != tc.state {
+			t.Errorf("%s: stop %v, start %v, state %q (%s)", tc.name, s.stop, s.start, s.state, s.reason)
+		}
+	}
+}
+
+func TestInstanceNamesEverythingThatNeedsARestart(t *testing.T) {
+	base := func() *Workload {
+		return &Workload{Epoch: 1, Address: netip.MustParseAddr("fd00::1"), Process: &contract.Process{Environment: []string{"A=1"}, DependsOn: []contract.Dependency{{Service: "db"}}}, Limits: contract.Service{Memory: 1, Replicas: 1}}
+	}
+	name := instance(base())
+	for what, f := range map[string]func(*Workload){
+		"environment": func(w *Workload) { w.Process.Environment = []string{"A=2"} },
+		"image":       func(w *Workload) { w.Process.Image.Manifest = "sha256:1" },
+		"a file":      func(w *Workload) { w.Process.Files = []contract.File{{Target: "/x"}} },
+		"memory":      func(w *Workload) { w.Limits.Memory = 2 },
+		"epoch":       func(w *Workload) { w.Epoch = 2 },
+		"address":     func(w *Workload) { w.Address = netip.MustParseAddr("fd00::2") },
+	} {
+		w := base()
+		f(w)
+		if instance(w) == name {
+			t.Errorf("%s changes and the sandbox would go on as it was", what)
+		}
+	}
+	for what, f := range map[string]func(*Workload){
+		"replicas":     func(w *Workload) { w.Limits.Replicas = 5 },
+		"placement":    func(w *Workload) { w.Limits.Placement.Spread = "farm" },
+		"dependencies": func(w *Workload) { w.Process.DependsOn = nil },
+		"revision":     func(w *Workload) { w.Revision = 9 },
+	} {
+		w := base()
+		f(w)
+		if instance(w) != name {
+			t.Errorf("%s changes and the workload would restart for nothing", what)
+		}
+	}
+}
+
+// The ledger refuses networks whose prefix is taken; it computes it by itself, so that it need not know the overlay.
+func TestLedgerAndOverlayAgreeOnPrefixes(t *testing.T) {
+	id := contract.NetworkOf(contract.ID{1}, "default")
+	if got, want := ledger.NetworkPrefix(id), overlay.Prefix(id).Addr().As16(); string(got[:]) != string(want[1:6]) {
+		t.Errorf("ledger %x, overlay %x", got, want[1:6])
+	}
+}
+
+func TestPreSharedKeysAreOfThePair(t *testing.T) {
+	a, b, c := [32]byte{1}, [32]byte{2}, [32]byte{3}
+	k := preShared([32]byte{9}, a, b)
+	if k != preShared([32]byte{9}, b, a) {
+		t.Error("the two ends have different keys")
+	}
+	if k == preShared([32]byte{9}, a, c) || k == preShared([32]byte{8}, a, b) {
+		t.Error("another pair or another network has the same key")
+	}
+}
+
+func TestKeysDeriveFromOneSeed(t *testing.T) {
+	file := t.TempDir() + "/node.key"
+	a, err := LoadKeys(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := LoadKeys(file)
+	if err != nil || a.ID != b.ID || a.WireGuard != b.WireGuard {
+		t.Fatalf("loaded again it is another node: %v", err)
+	}
+	adm, err := a.Admission(identity.GridID{1}, identity.FarmID{2}, "node-1", nil, 1, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub := a.Sign.Public()
+	if err := pub.Verify(ledger.NodeAdmitPurpose, adm.ProofBytes(identity.GridID{1}), &adm.Proof); err != nil {
+		t.Errorf("control: %v", err)
+	}
+	if err := pub.Verify(ledger.NodeAdmitPurpose, adm.ProofBytes(identity.GridID{2}), &adm.Proof); err == nil {
+		t.Error("the proof holds for another grid")
+	}
+}
+
+func TestMeshNamesOnlyWhatRuns(t *testing.T) {
+	id := contract.ID{1}
+	self, other := &ledger.Node{ID: identity.NodeID{1}, WireGuard: [32]byte{1}, Endpoints: []string{"2001:db8::1"}}, &ledger.Node{ID: identity.NodeID{2}, WireGuard: [32]byte{2}, Endpoints: []string{"2001:db8::2"}}
+	net := contract.NetworkOf(id, "default")
+	h := &contract.Header{Networks: []string{"default"}, Services: []contract.Service{{Name: "db", Networks: []string{"default"}}, {Name: "web", Networks: []string{"default"}}}}
+	as := func(service string, r uint16, n identity.NodeID, reason string) ledger.Assignment {
+		return ledger.Assignment{Workload: contract.WorkloadOf(id, service, int(r)), Service: service, Replica: r, Node: n, Reason: reason}
+	}
+	c := &ContractView{
+		Record: &ledger.Contract{ID: id, Name: "app"}, Header: h, Networks: map[string]*ledger.Network{"default": {ID: net, Index: 5}},
+		Assignments: []ledger.Assignment{as("web", 0, self.ID, ""), as("db", 0, other.ID, ""), as("db", 1, other.ID, "volume on node-2"), as("db", 2, identity.NodeID{}, "no node")},
+	}
+	body := &contract.Body{Services: []contract.Process{{Name: "db", Aliases: []string{"database"}}, {Name: "web"}}}
+	ms := contractMeshes(&View{Self: self, Nodes: []*ledger.Node{self, other}}, c, &contract.Keys{Networks: map[string][32]byte{"default": {7}}}, body)
+	if len(ms) != 1 || ms[0].Port != basePort+5 || len(ms[0].Peers) != 1 {
+		t.Fatalf("%+v", ms)
+	}
+	p := ms[0].Peers[0]
+	if p.PublicKey != other.WireGuard || p.Endpoint.String() != "[2001:db8::2]:30005" || p.PresharedKey != preShared([32]byte{7}, self.WireGuard, other.WireGuard) || len(p.Addrs) != 3 {
+		t.Errorf("%+v", p)
+	}
+	want := []netip.Addr{overlay.Addr(net, contract.WorkloadOf(id, "db", 0))}
+	for _, n := range []string{"db", "database", "db.app.internal", "database.app.internal"} {
+		if !reflect.DeepEqual(ms[0].Names[n], want) {
+			t.Errorf("%s resolves to %v", n, ms[0].Names[n])
+		}
+	}
+	if got := contractMeshes(&View{Self: &ledger.Node{ID: identity.NodeID{3}}, Nodes: []*ledger.Node{self, other}}, c, &contract.Keys{}, body); len(got) != 0 {
+		t.Errorf("a node without a workload joins: %+v", got)
+	}
+}
+
+func TestTamperedBodyStartsNothing(t *testing.T) {
+	h := &contract.Header{}
+	k := contract.NewKeys(h, nil)
+	if _, err := contract.Open(h, k, []byte("x")); err == nil || !strings.Contains(err.Error(), "commits") {
+		t.Errorf("%v", err)
+	}
+}
