@@ -16,6 +16,8 @@ have dpkg-deb dpkg
 if [ "${1:-}" = test ]; then
   have ip iproute2
   have nmap nmap
+  have tcpdump tcpdump
+  have nsenter util-linux
   have mkfs.ext4 e2fsprogs
 fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || need+=(ca-certificates)
