@@ -315,6 +315,9 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 		if old, err := get[contract.ID](&b.State, contractNameKey(h.Account, h.Name)); err == nil {
 			return fmt.Errorf("the account has a contract %q already: %v", h.Name, *old)
 		}
+		if len(list[contract.ID](&b.State, ContractsKey)) >= maxList {
+			return fmt.Errorf("the grid has had %d contracts, more are not allowed", maxList)
+		}
 		c = &Contract{ID: id, Account: h.Account, Name: h.Name, State: Active}
 		set(b, contractNameKey(h.Account, h.Name), &id)
 		push(b, ContractsKey, id)
@@ -415,6 +418,9 @@ func (b *batch) routes(id contract.ID, want []contract.Route) error {
 			return fmt.Errorf("host %q belongs to another contract", w.Host)
 		}
 		if err != nil {
+			if len(list[string](&b.State, RoutesKey)) >= maxList {
+				return fmt.Errorf("the grid has %d routes, more are not allowed", maxList)
+			}
 			push(b, RoutesKey, w.Host)
 		}
 		set(b, RouteKey(w.Host), &Route{Host: w.Host, Contract: id, Service: w.Service, Port: w.Port})

@@ -142,6 +142,10 @@ func Decode[T any](b []byte) (*T, error) {
 	return v, nil
 }
 
+// maxList bounds what users can make a list grow to: package canonical reads no longer one, and a list that cannot be read
+// would begin anew.
+const maxList = 1 << 16
+
 // list reads a list, empty when absent.
 func list[T any](s *State, key string) []T {
 	v, err := get[[]T](s, key)

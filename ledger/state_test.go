@@ -380,6 +380,29 @@ func TestEnvelopes(t *testing.T) {
 	}
 }
 
+// A list that grows beyond what can be read again would come back empty, and with it the routes of all.
+func TestListsAreBounded(t *testing.T) {
+	x := newGrid(t, "lab")
+	x.must(x.deploy(x.header("control")))
+	good := x.s
+	fill := func(f func(*batch)) {
+		b := &batch{State: *good}
+		f(b)
+		x.s = &b.State
+	}
+	contracts, hosts := make([]contract.ID, maxList), make([]string, maxList)
+	fill(func(b *batch) { set(b, ContractsKey, &contracts) })
+	x.refused("a contract too many", x.deploy(x.header("app")), "more are not allowed")
+	fill(func(b *batch) { set(b, RoutesKey, &hosts) })
+	x.refused("a route too many", x.deploy(x.header("app")), "more are not allowed")
+	contracts, hosts = contracts[1:], hosts[1:] // the control: one less, and the last place is taken
+	fill(func(b *batch) { set(b, ContractsKey, &contracts); set(b, RoutesKey, &hosts) })
+	x.must(x.deploy(x.header("app")))
+	if n, m := len(list[contract.ID](x.s, ContractsKey)), len(list[string](x.s, RoutesKey)); n != maxList || m != maxList {
+		t.Errorf("%d contracts and %d routes, want %d of each", n, m, maxList)
+	}
+}
+
 func TestVolumeIsReportedByItsNode(t *testing.T) {
 	x := newGrid(t, "lab")
 	h := x.header("db", withVolume)
