@@ -3,6 +3,7 @@ package box
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 			}
 			os.Exit(0)
 		case "daemon":
-			daemon()
+			playDaemon()
 			os.Exit(0)
 		case "orphan":
 			time.Sleep(time.Hour)
@@ -45,8 +46,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// daemon listens on 80, writes what it sees, and counts its starts.
-func daemon() {
+// playDaemon listens on 80, writes what it sees, and counts its starts.
+func playDaemon() {
 	var seen []string
 	filepath.WalkDir("/", func(p string, d os.DirEntry, err error) error {
 		if strings.HasPrefix(p, "/proc/") || strings.HasPrefix(p, "/sys/") || strings.HasPrefix(p, "/dev/") {
@@ -320,7 +321,6 @@ func TestBoxes(t *testing.T) {
 		if r := g.running(); len(r) > 0 {
 			t.Errorf("alive: %v", r)
 		}
-		removeCgroups("/hfbox-" + filepath.Base(g.dir))
 		if left, _ := filepath.Glob("/sys/fs/cgroup/*/hfbox-" + filepath.Base(g.dir)); len(left) > 0 {
 			t.Errorf("left: %v", left)
 		}
@@ -358,14 +358,16 @@ func TestPlan(t *testing.T) {
 		out  []action
 	}{
 		{"what is missing starts", Up, seen{}, []action{{"a", "start"}}},
-		{"what runs is left alone", Up, seen{true, "1", Up}, nil},
-		{"a changed spec starts anew", Up, seen{true, "0", Up}, []action{{"a", "kill"}, {"a", "start"}}},
-		{"down is killed", Down, seen{true, "1", Up}, []action{{"a", "kill"}}},
+		{"what runs is left alone", Up, seen{alive: true, digest: "1"}, nil},
+		{"a changed spec starts anew", Up, seen{alive: true, digest: "0"}, []action{{"a", "kill"}, {"a", "start"}}},
+		{"down is killed", Down, seen{alive: true, digest: "1"}, []action{{"a", "kill"}}},
 		{"down stays down", Down, seen{}, nil},
-		{"paused", Paused, seen{true, "1", Up}, []action{{"a", "freeze"}}},
-		{"resumed", Up, seen{true, "1", Paused}, []action{{"a", "thaw"}}},
-		{"from paused to cut", Cut, seen{true, "1", Paused}, []action{{"a", "thaw"}, {"a", "cut"}}},
-		{"a new one that is asked to be cut", Cut, seen{}, []action{{"a", "start"}, {"a", "cut"}}},
+		{"paused", Paused, seen{alive: true, digest: "1"}, []action{{"a", "freeze"}}},
+		{"resumed", Up, seen{alive: true, frozen: true, digest: "1"}, []action{{"a", "thaw"}}},
+		{"from paused to cut", Cut, seen{alive: true, frozen: true, digest: "1"}, []action{{"a", "thaw"}, {"a", "cut"}}},
+		{"a new one that is asked to be cut starts without its cable", Cut, seen{}, []action{{"a", "start"}}},
+		{"a new one that is asked to be paused", Paused, seen{}, []action{{"a", "start"}, {"a", "freeze"}}},
+		{"a cable that came loose is plugged in", Up, seen{alive: true, cut: true, digest: "1"}, []action{{"a", "join"}}},
 	} {
 		if got := plan([]string{"a"}, d, map[string]Wanted{"a": tc.want}, map[string]seen{"a": tc.have}); !reflect.DeepEqual(got, tc.out) {
 			t.Errorf("%s: %v", tc.name, got)
@@ -373,5 +375,78 @@ func TestPlan(t *testing.T) {
 	}
 	if got := plan(nil, nil, nil, map[string]seen{"x": {alive: true}}); !reflect.DeepEqual(got, []action{{"x", "kill"}}) {
 		t.Errorf("a box that is no longer planned: %v", got)
+	}
+}
+
+// left says what is left of a grid's cgroups and interfaces.
+func left(dir string) []string {
+	out, _ := filepath.Glob("/sys/fs/cgroup/*/hfbox-" + filepath.Base(dir))
+	more, _ := filepath.Glob("/sys/fs/cgroup/hfbox-" + filepath.Base(dir))
+	return append(out, more...)
+}
+
+func TestAGridWhoseDirectoryIsGoneIsSweptAndOthersAreNot(t *testing.T) {
+	lost, other := newGrid(t), newGrid(t)
+	until(t, "both grids", func() bool { return len(lost.running()) == 3 && len(other.running()) == 3 })
+	was := other.running()
+	boxes := lost.running()
+	lost.sup.Process.Kill()
+	until(t, "the end of the supervisor", func() bool { return Supervisor(lost.dir) == 0 })
+	// Boxes that the next supervisor could adopt are left alone.
+	if err := Sweep(slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	if got := lost.running(); !reflect.DeepEqual(got, boxes) {
+		t.Fatalf("boxes that could be adopted were swept: %v", got)
+	}
+	if err := os.RemoveAll(filepath.Join(lost.dir, "boxes")); err != nil {
+		t.Fatal(err)
+	}
+	if err := Sweep(slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	for n, b := range boxes {
+		if b.Alive() {
+			t.Errorf("%s is alive", n)
+		}
+	}
+	if l := left(lost.dir); len(l) > 0 {
+		t.Errorf("left: %v", l)
+	}
+	if got := other.running(); !reflect.DeepEqual(got, was) {
+		t.Errorf("another grid's boxes: %v, were %v", got, was)
+	}
+}
+
+func TestABoxThatCannotBeginSaysWhyAndLeavesNothing(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	self, _ := os.Executable()
+	dir := t.TempDir()
+	for name, tc := range map[string]struct {
+		spec Spec
+		want string
+	}{
+		"no such program":   {Spec{Args: []string{"/bin/nothing"}}, "/bin/nothing"},
+		"no such directory": {Spec{Args: []string{"/bin/daemon"}, Data: filepath.Join(dir, "absent")}, "absent"},
+		"no internet":       {Spec{Uplink: &Uplink{1, 2}}, "internet"},
+		"no such host":      {Spec{Uplink: &Uplink{1, 99}}, "no host 99"},
+	} {
+		s := tc.spec
+		s.Name, s.Cgroup = "broken", "/hfbox-"+filepath.Base(dir)+"/broken"
+		b, err := Start([]string{self, "init"}, s, nil)
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if b.Alive() {
+			t.Errorf("%s: it runs", name)
+		}
+	}
+	if err := machine.end("/hfbox-" + filepath.Base(dir)); err != nil {
+		t.Error(err)
+	}
+	if l := left(dir); len(l) > 0 {
+		t.Errorf("left: %v", l)
 	}
 }

@@ -4,11 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -18,97 +21,185 @@ import (
 
 // Init is process 1 of a box. It returns only when it could not begin, or when the box is to end.
 func Init() error {
+	// What is dropped here is dropped by this thread alone, and by what it starts.
+	runtime.LockOSThread()
 	if os.Getpid() != 1 {
 		return errors.New("init: this is not process 1 of a namespace; it is started by holdfast itself")
 	}
-	in := os.NewFile(3, "spec")
+	unix.CloseOnExec(3)
+	unix.CloseOnExec(4)
+	order, say := os.NewFile(3, "order"), os.NewFile(4, "say")
 	var s initSpec
-	if err := json.NewDecoder(in).Decode(&s); err != nil {
-		return fmt.Errorf("init: read spec: %w", err)
+	d, err := begin(order, &s)
+	if err != nil {
+		fmt.Fprint(say, err)
+		return fmt.Errorf("init: %w", err)
 	}
-	in.Close()
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return fmt.Errorf("init: no core dumps: %w", err)
+	if _, err := say.WriteString(begun); err != nil {
+		return fmt.Errorf("init: %w", err)
 	}
-	if err := buildRoot(&s.Spec); err != nil {
-		return fmt.Errorf("init: root: %w", err)
-	}
-	if err := unix.Sethostname([]byte(s.Name)); err != nil {
-		return fmt.Errorf("init: host name: %w", err)
-	}
-	if err := uplink(&s); err != nil {
-		return fmt.Errorf("init: network: %w", err)
-	}
-	return supervise(&s.Spec)
+	say.Close()
+	return d.supervise()
 }
 
-// supervise starts the daemon, again when it dies, and reaps everything, until it is asked to end.
-func supervise(s *Spec) error {
-	term := make(chan os.Signal, 8)
-	signal.Notify(term, unix.SIGTERM, unix.SIGINT)
-	child := make(chan os.Signal, 64)
-	signal.Notify(child, unix.SIGCHLD)
-	daemon, wait := 0, 100*time.Millisecond
-	var began time.Time
-	var restart <-chan time.Time
-	var deadline <-chan time.Time
+// begin does everything up to the daemon's first start.
+func begin(order io.ReadCloser, s *initSpec) (*daemon, error) {
+	if err := closeInherited(); err != nil {
+		return nil, err
+	}
+	if err := json.NewDecoder(order).Decode(s); err != nil {
+		return nil, fmt.Errorf("read order: %w", err)
+	}
+	order.Close()
+	d := &daemon{Spec: &s.Spec, wait: firstWait}
+	d.term, d.child = make(chan os.Signal, 8), make(chan os.Signal, 64)
+	signal.Notify(d.term, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(d.child, unix.SIGCHLD)
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return nil, fmt.Errorf("no core dumps: %w", err)
+	}
+	if err := buildRoot(&s.Spec); err != nil {
+		return nil, fmt.Errorf("root: %w", err)
+	}
+	if err := unix.Sethostname([]byte(s.Name)); err != nil {
+		return nil, fmt.Errorf("host name: %w", err)
+	}
+	if err := uplink(s); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	for _, c := range dropped {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) { // a newer one than the kernel
+			return nil, fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	return d, d.start()
+}
+
+// dropped are capabilities that reach the host past the box's namespaces and that no machine's daemon needs: device nodes
+// of its disks, its files by handle, its modules, memory, clock, kernel log, audit and power.
+var dropped = []uintptr{
+	unix.CAP_MKNOD, unix.CAP_DAC_READ_SEARCH, unix.CAP_SYS_MODULE, unix.CAP_SYS_RAWIO, unix.CAP_SYS_TIME, unix.CAP_SYSLOG,
+	unix.CAP_SYS_BOOT, unix.CAP_SYS_PACCT, unix.CAP_SYS_TTY_CONFIG, unix.CAP_WAKE_ALARM, unix.CAP_BLOCK_SUSPEND,
+	unix.CAP_AUDIT_CONTROL, unix.CAP_AUDIT_READ, unix.CAP_AUDIT_WRITE, unix.CAP_MAC_ADMIN, unix.CAP_MAC_OVERRIDE,
+	unix.CAP_LINUX_IMMUTABLE, unix.CAP_PERFMON, unix.CAP_BPF,
+}
+
+// closeInherited closes what the starter's own starter left open: a directory of the host among it would be a way out.
+// Go marks all that it opens itself.
+func closeInherited() error {
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return fmt.Errorf("open files: %w", err)
+	}
+	for _, e := range list {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+			unix.Close(fd)
+		}
+	}
+	return nil
+}
+
+// Pauses before a daemon that died starts again, and how long it must live for the next pause to be the first again.
+const (
+	firstWait = 100 * time.Millisecond
+	lastWait  = 5 * time.Second
+	stable    = 10 * time.Second
+)
+
+// daemon is what runs in a box.
+type daemon struct {
+	*Spec
+	term, child chan os.Signal
+	pid         int // 0 while it does not run
+	began       time.Time
+	wait        time.Duration
+}
+
+func (d *daemon) start() error {
+	if len(d.Args) == 0 {
+		return nil
+	}
+	pid, err := syscall.ForkExec(d.Args[0], d.Args, &syscall.ProcAttr{
+		Dir: "/", Env: append([]string{"PATH=/bin", "HOME=/run"}, d.Env...), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return fmt.Errorf("start %s: %w", d.Args[0], err)
+	}
+	d.pid, d.began = pid, time.Now()
+	return nil
+}
+
+// reap collects what has ended, and says whether the daemon is among it.
+func (d *daemon) reap() (ended bool) {
+	for {
+		var ws unix.WaitStatus
+		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if pid <= 0 || err != nil {
+			return ended
+		}
+		if pid != d.pid {
+			continue
+		}
+		d.pid, ended = 0, true
+		how := fmt.Sprintf("with exit code %d", ws.ExitStatus())
+		if ws.Signaled() {
+			how = fmt.Sprintf("by signal %d", ws.Signal())
+		}
+		fmt.Fprintf(os.Stderr, "init: the daemon ended %s\n", how)
+	}
+}
+
+// supervise starts the daemon again when it dies, and reaps everything, until the box is to end.
+func (d *daemon) supervise() error {
+	if d.Grace <= 0 {
+		d.Grace = defaultGrace
+	}
+	var restart, deadline <-chan time.Time
 	ending := false
-	launch := func() {
-		if len(s.Args) == 0 {
-			return
-		}
-		pid, err := syscall.ForkExec(s.Args[0], s.Args, &syscall.ProcAttr{
-			Dir: "/", Env: append([]string{"PATH=/bin", "HOME=/run"}, s.Env...), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
-		})
-		if err != nil {
-			fmt.Fprintf(os.Stderr, "init: start %s: %v\n", s.Args[0], err)
-			restart = time.After(wait)
-			return
-		}
-		daemon, began = pid, time.Now()
-	}
-	launch()
-	if s.Grace <= 0 {
-		s.Grace = 30 * time.Second
-	}
-	tick := time.NewTicker(time.Second) // signals of children that end together become one
+	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
 		select {
-		case <-term:
-			if ending || daemon == 0 {
+		case <-d.term:
+			if ending || d.pid == 0 {
 				return nil
 			}
-			ending, deadline = true, time.After(s.Grace)
-			unix.Kill(daemon, unix.SIGTERM)
+			ending, deadline = true, time.After(d.Grace)
+			unix.Kill(d.pid, unix.SIGTERM)
 		case <-deadline:
 			return nil
 		case <-restart:
 			restart = nil
-			launch()
-		case <-child:
+			if err := d.start(); err != nil {
+				fmt.Fprintf(os.Stderr, "init: %v\n", err)
+				restart = time.After(lastWait)
+			}
+		case <-d.child:
 		case <-tick.C:
+			if d.Uplink != nil {
+				if _, err := netlink.LinkByName("eth0"); errors.As(err, &netlink.LinkNotFoundError{}) {
+					return errors.New("init: eth0 is gone: the grid's internet has ended")
+				}
+			}
 		}
-		for {
-			var ws unix.WaitStatus
-			pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
-			if pid <= 0 || err != nil {
-				break
-			}
-			if pid != daemon {
-				continue
-			}
-			daemon = 0
-			if ending {
-				return nil
-			}
-			fmt.Fprintf(os.Stderr, "init: daemon ended (exit code %d, signal %d), starting it again\n", ws.ExitStatus(), ws.Signal())
-			if time.Since(began) > 10*time.Second {
-				wait = 100 * time.Millisecond
-			}
-			restart = time.After(wait)
-			wait = min(2*wait, 5*time.Second)
+		if !d.reap() {
+			continue
 		}
+		if ending {
+			return nil
+		}
+		if time.Since(d.began) > stable {
+			d.wait = firstWait
+		}
+		restart = time.After(d.wait)
+		d.wait = min(2*d.wait, lastWait)
 	}
 }
 
@@ -238,8 +329,8 @@ func place(root, target string, fd int) error {
 	return nil
 }
 
-// loops is how many loop devices a box sees.
-const loops = 64
+// loops is how many loop devices a box sees, of those that all boxes and the host share.
+const loops = 256
 
 func devices(dir string) error {
 	type dev struct {

@@ -19,7 +19,8 @@ import (
 
 // Topology is the little internet of a grid on one machine: a router (a box without a daemon) with one bridge for each
 // segment. Addresses are those reserved for documentation: segment n is 203.0.113.(16n)/28 and 2001:db8:n::/64, the
-// router is host 1 of each. No route leads from the host into it or out of it.
+// router is host 1 of each. No route leads from the host into it or out of it. It is held by one process and by no mount:
+// nothing of it can be left when that process is gone.
 type Topology struct {
 	Router Box
 }
@@ -54,7 +55,7 @@ func (t *Topology) Prepare(segments []int) error {
 			}
 		}
 		for _, s := range segments {
-			name := fmt.Sprintf("br%d", s)
+			name := bridgeName(s)
 			if _, err := h.LinkByName(name); err == nil {
 				continue
 			}
@@ -85,42 +86,72 @@ func (t *Topology) Prepare(segments []int) error {
 	})
 }
 
+func bridgeName(segment int) string { return fmt.Sprintf("br%d", segment) }
+
 func vethName(u Uplink) string { return fmt.Sprintf("v%d-%d", u.Segment, u.Host) }
 
-// attach gives the network namespace of a process an eth0 on a segment.
-func (t *Topology) attach(u Uplink, pid int) error {
+// attach gives a box an eth0 on a segment.
+func (t *Topology) attach(u Uplink, b Box, plugged bool) error {
 	return t.within(func(h *netlink.Handle) error {
 		name := vethName(u)
 		if old, err := h.LinkByName(name); err == nil { // of a box that has just died
 			if err := h.LinkDel(old); err != nil {
-				return err
+				return fmt.Errorf("veth %s: %w", name, err)
 			}
 		}
-		v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "eth0", PeerNamespace: netlink.NsPid(pid)}
-		if err := h.LinkAdd(v); err != nil {
-			return fmt.Errorf("veth %s: %w", name, err)
-		}
-		l, err := h.LinkByName(name)
-		if err != nil {
-			return err
-		}
-		br, err := h.LinkByName(fmt.Sprintf("br%d", u.Segment))
+		br, err := h.LinkByName(bridgeName(u.Segment))
 		if err != nil {
 			return fmt.Errorf("segment %d: %w", u.Segment, err)
 		}
-		if err := h.LinkSetMaster(l, br); err != nil {
+		fd, err := b.netns()
+		if err != nil {
 			return err
+		}
+		defer fd.Close()
+		v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name, MasterIndex: br.Attrs().Index}, PeerName: "eth0", PeerNamespace: netlink.NsFd(fd)}
+		if err := h.LinkAdd(v); err != nil {
+			return fmt.Errorf("veth %s: %w", name, err)
+		}
+		if !plugged {
+			return nil
+		}
+		l, err := h.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("veth %s: %w", name, err)
 		}
 		return h.LinkSetUp(l)
 	})
 }
 
-// Cut pulls a host's cable; Join plugs it in again.
-func (t *Topology) Cut(u Uplink) error { return t.setLink(u, false) }
+// detach takes a box's cable away. A namespace that has ended gives its interfaces back when the kernel gets to it.
+func (t *Topology) detach(u Uplink) error {
+	return t.within(func(h *netlink.Handle) error {
+		l, err := h.LinkByName(vethName(u))
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return h.LinkDel(l)
+	})
+}
 
-// Join undoes Cut.
-func (t *Topology) Join(u Uplink) error { return t.setLink(u, true) }
+// unplugged are the cables that are there and not plugged in.
+func (t *Topology) unplugged() (map[string]bool, error) {
+	out := map[string]bool{}
+	err := t.within(func(h *netlink.Handle) error {
+		all, err := h.LinkList()
+		for _, l := range all {
+			if l.Type() == "veth" && l.Attrs().Flags&net.FlagUp == 0 {
+				out[l.Attrs().Name] = true
+			}
+		}
+		return err
+	})
+	return out, err
+}
 
+// setLink plugs a host's cable in or pulls it.
 func (t *Topology) setLink(u Uplink, up bool) error {
 	return t.within(func(h *netlink.Handle) error {
 		l, err := h.LinkByName(vethName(u))
@@ -136,10 +167,15 @@ func (t *Topology) setLink(u Uplink, up bool) error {
 
 // within runs f in the router's network namespace, with a netlink handle there.
 func (t *Topology) within(f func(*netlink.Handle) error) error {
-	if !t.Router.Alive() {
-		return errors.New("the grid's internet is not up")
+	if t == nil {
+		return errNoInternet
 	}
-	return Within(t.Router.NetNS(), func() error {
+	ns, err := t.Router.netns()
+	if err != nil {
+		return errNoInternet
+	}
+	defer ns.Close()
+	return within(ns, func() error {
 		h, err := netlink.NewHandle()
 		if err != nil {
 			return err
@@ -149,23 +185,43 @@ func (t *Topology) within(f func(*netlink.Handle) error) error {
 	})
 }
 
+var errNoInternet = errors.New("the grid's internet is not up")
+
+// netns opens the box's network namespace, and no other's that has got its process ID.
+func (b Box) netns() (netns.NsHandle, error) {
+	ns, err := netns.GetFromPath(b.NetNS())
+	if err != nil {
+		return ns, fmt.Errorf("network of %s: %w", b.Name, err)
+	}
+	if !b.Alive() {
+		ns.Close()
+		return ns, fmt.Errorf("network of %s: %w", b.Name, os.ErrProcessDone)
+	}
+	return ns, nil
+}
+
 // Within runs f on a thread of its own in a network namespace. Sockets that f makes stay there. The thread ends with f:
 // one that has been elsewhere must not run other goroutines.
 func Within(path string, f func() error) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("enter %s: %w", path, err)
+	}
+	defer ns.Close()
+	return within(ns, f)
+}
+
+func within(ns netns.NsHandle, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
+		err := errors.New("the function ended its goroutine")
+		defer func() { done <- err }() // also when f is a test that calls FailNow
 		runtime.LockOSThread()
-		ns, err := netns.GetFromPath(path)
-		if err != nil {
-			done <- fmt.Errorf("enter %s: %w", path, err)
+		if e := netns.Set(ns); e != nil {
+			err = fmt.Errorf("enter network namespace: %w", e)
 			return
 		}
-		defer ns.Close()
-		if err := netns.Set(ns); err != nil {
-			done <- fmt.Errorf("enter %s: %w", path, err)
-			return
-		}
-		done <- f()
+		err = f()
 	}()
 	return <-done
 }
@@ -185,6 +241,8 @@ func DialIn(ctx context.Context, path, addr string) (c net.Conn, err error) {
 func Forward(ctx context.Context, l net.Listener, path func() string, addr string) error {
 	var all sync.WaitGroup
 	defer all.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // ends the connections too when somebody else closes l
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	for {
@@ -218,11 +276,15 @@ func Forward(ctx context.Context, l net.Listener, path func() string, addr strin
 	}
 }
 
-// Splice copies both ways until both are done, and passes on the end of each.
+// Splice copies both ways until both are done, and passes on the end of each. A connection that breaks ends both.
 func Splice(a, b net.Conn) {
 	var both sync.WaitGroup
 	one := func(dst, src net.Conn) {
-		io.Copy(dst, src)
+		if _, err := io.Copy(dst, src); err != nil {
+			a.Close()
+			b.Close()
+			return
+		}
 		if w, ok := dst.(interface{ CloseWrite() error }); ok {
 			w.CloseWrite()
 		}

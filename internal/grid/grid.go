@@ -501,8 +501,6 @@ func Down(ctx context.Context, dir string, data bool) error {
 	if err := box.StopAll(ctx, dir); err != nil {
 		return err
 	}
-	sum := sha256.Sum256([]byte(dir))
-	box.RemoveCgroups("/holdfast-" + hex.EncodeToString(sum[:4]))
 	if data {
 		return os.RemoveAll(dir)
 	}
