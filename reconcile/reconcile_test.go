@@ -29,6 +29,7 @@ func TestLoop(t *testing.T) {
 			t.Fatalf("the first step is not at once: %v", calls)
 		}
 		time.Sleep(20 * time.Second)
+		synctest.Wait()
 		if len(calls) != 4 {
 			t.Fatalf("three failures and a success make four calls: %v", calls)
 		}
@@ -36,6 +37,7 @@ func TestLoop(t *testing.T) {
 			t.Errorf("the third wait is %v, not around 4 s", gap)
 		}
 		time.Sleep(2 * time.Minute)
+		synctest.Wait()
 		if n := len(calls); n < 5 || n > 7 {
 			t.Errorf("resync did not come once a minute: %v", calls)
 		}
