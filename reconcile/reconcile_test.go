@@ -3,6 +3,8 @@ package reconcile
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -10,26 +12,35 @@ import (
 
 func TestLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var calls []time.Duration
+		var mu sync.Mutex
+		var made []time.Duration
 		start := time.Now()
 		fail := 3
 		l := New(Config{Name: "test", Resync: time.Minute, Min: time.Second, Max: 4 * time.Second, Step: func(context.Context) (time.Duration, error) {
-			calls = append(calls, time.Since(start))
+			mu.Lock()
+			defer mu.Unlock()
+			made = append(made, time.Since(start))
 			if fail > 0 {
 				fail--
 				return 0, errors.New("not yet")
 			}
 			return 0, nil
 		}})
+		seen := func() []time.Duration {
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(made)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- l.Run(ctx) }()
-		synctest.Wait()
+		calls := seen()
 		if len(calls) != 1 || calls[0] != 0 {
 			t.Fatalf("the first step is not at once: %v", calls)
 		}
 		time.Sleep(20 * time.Second)
-		synctest.Wait()
+		calls = seen()
 		if len(calls) != 4 {
 			t.Fatalf("three failures and a success make four calls: %v", calls)
 		}
@@ -37,15 +48,14 @@ func TestLoop(t *testing.T) {
 			t.Errorf("the third wait is %v, not around 4 s", gap)
 		}
 		time.Sleep(2 * time.Minute)
-		synctest.Wait()
+		calls = seen()
 		if n := len(calls); n < 5 || n > 7 {
 			t.Errorf("resync did not come once a minute: %v", calls)
 		}
 		n := len(calls)
 		l.Wake()
 		l.Wake()
-		synctest.Wait()
-		if d := len(calls) - n; d < 1 || d > 2 {
+		if d := len(seen()) - n; d < 1 || d > 2 {
 			t.Errorf("two wakes made %d calls", d)
 		}
 		cancel()
