@@ -11,8 +11,8 @@
 package api
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -45,6 +45,7 @@ type ValidatorConfig struct {
 	TLS      tls.Certificate
 	Blobs    store.Blobs
 	Timeouts comet.Timeouts // zero is the lab's
+	Idle     time.Duration  // how long a request or an answer may stand still; 0 means 30 s
 	Log      *slog.Logger
 }
 
@@ -59,6 +60,9 @@ type Validator struct {
 
 // NewValidator checks the configuration; nothing happens before Run.
 func NewValidator(cfg ValidatorConfig) (*Validator, error) {
+	if cfg.Idle <= 0 {
+		cfg.Idle = 30 * time.Second
+	}
 	v := &Validator{cfg: cfg, log: cfg.Log}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
@@ -158,8 +162,38 @@ func (m machine) Changes(since comet.State) iter.Seq2[string, []byte] {
 	return m.State.Changes(since.(machine).State)
 }
 
+// body reads a request's body as long as some of it comes now and then: who stands still holds nothing here for long.
+func (v *Validator) body(w http.ResponseWriter, r *http.Request) io.ReadCloser {
+	return struct {
+		io.Reader
+		io.Closer
+	}{&timed{rc: http.NewResponseController(w), idle: v.cfg.Idle, r: r.Body}, r.Body}
+}
+
+// timed gives every read or write a deadline of its own.
+type timed struct {
+	rc   *http.ResponseController
+	idle time.Duration
+	r    io.Reader
+	w    io.Writer
+}
+
+func (t *timed) Read(p []byte) (int, error) {
+	if err := t.rc.SetReadDeadline(time.Now().Add(t.idle)); err != nil {
+		return 0, err
+	}
+	return t.r.Read(p)
+}
+
+func (t *timed) Write(p []byte) (int, error) {
+	if err := t.rc.SetWriteDeadline(time.Now().Add(t.idle)); err != nil {
+		return 0, err
+	}
+	return t.w.Write(p)
+}
+
 func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
-	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, ledger.MaxHeartbeat))
+	raw, err := io.ReadAll(http.MaxBytesReader(w, v.body(w, r), ledger.MaxHeartbeat))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
@@ -178,7 +212,13 @@ func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
 
 func (v *Validator) reports(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/cbor")
-	w.Write(canonical.Encode(v.ears.Reports()))
+	v.send(w, bytes.NewReader(canonical.Encode(v.ears.Reports())))
+}
+
+// send writes an answer as long as the client takes some of it now and then.
+func (v *Validator) send(w http.ResponseWriter, r io.Reader) error {
+	_, err := io.Copy(&timed{rc: http.NewResponseController(w), idle: v.cfg.Idle, w: w}, r)
+	return err
 }
 
 func (v *Validator) digest(w http.ResponseWriter, r *http.Request) (store.Digest, bool) {
@@ -211,7 +251,7 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
-	if _, err := io.Copy(w, body); err != nil {
+	if err := v.send(w, body); err != nil {
 		v.log.Warn("send blob", "digest", d, "error", err)
 		panic(http.ErrAbortHandler) // the client must not take a part for the whole
 	}
@@ -226,10 +266,17 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusForbidden)
 		return
 	}
-	if err := v.cfg.Blobs.Put(r.Context(), d, http.MaxBytesReader(w, r.Body, MaxBlob+1)); err != nil {
+	if r.ContentLength > MaxBlob {
+		http.Error(w, fmt.Sprintf("%v: at most %d bytes", store.ErrTooBig, int64(MaxBlob)), http.StatusRequestEntityTooLarge)
+		return
+	}
+	if err := v.cfg.Blobs.Put(r.Context(), d, http.MaxBytesReader(w, v.body(w, r), MaxBlob+1)); err != nil {
 		code := http.StatusInternalServerError
-		if errors.Is(err, store.ErrDigest) || errors.Is(err, store.ErrTooBig) {
+		switch {
+		case errors.Is(err, store.ErrDigest):
 			code = http.StatusBadRequest
+		case errors.Is(err, store.ErrTooBig):
+			code = http.StatusRequestEntityTooLarge
 		}
 		http.Error(w, err.Error(), code)
 		return
@@ -248,6 +295,3 @@ func (v *Validator) account(id identity.AccountID) (*identity.Account, error) {
 	}
 	return ledger.Decode[identity.Account](raw)
 }
-
-// SPKI is the digest of a certificate's public key, by which it is pinned.
-func SPKI(rawSubjectPublicKeyInfo []byte) [32]byte { return sha256.Sum256(rawSubjectPublicKeyInfo) }
