@@ -188,6 +188,7 @@ type supervisor struct {
 type pace struct {
 	last time.Time
 	wait time.Duration
+	err  error // of the last start
 }
 
 // next says whether a box may start now.
@@ -332,6 +333,9 @@ func (s *supervisor) act(top *Topology, a action, want Wanted, have record) erro
 		}
 		now := p.next(time.Now())
 		s.mu.Unlock()
+		if !now && p.err != nil {
+			return p.err // the same words until the next try: said once
+		}
 		if !now {
 			return fmt.Errorf("%s ends soon after it starts: its log is %s", a.name, spec.Log)
 		}
@@ -339,10 +343,10 @@ func (s *supervisor) act(top *Topology, a action, want Wanted, have record) erro
 		if err := have.Box.Kill(spec.Cgroup); err != nil { // what it left, if anything
 			return err
 		}
-		_, err := start(s.Self, spec, top, want != Cut, func(b Box) error {
+		_, p.err = start(s.Self, spec, top, want != Cut, func(b Box) error {
 			return remember(s.Dir, record{Box: b, Digest: s.digests[a.name], Cgroup: spec.Cgroup, Grace: spec.Grace, Uplink: spec.Uplink, Last: a.name == s.names[0]})
 		})
-		return err
+		return p.err
 	case "kill":
 		s.Log.Info(a.do, "box", a.name)
 		if err := have.Box.Kill(have.Cgroup); err != nil {
