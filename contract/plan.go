@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // Plan is the difference between what a contract says now and what it would say.
@@ -49,16 +50,28 @@ func (p Plan) Text() string {
 		if c.Restarts && !p.Create {
 			note = "   (restarts)"
 		}
+		what, was, is := visible(c.What), visible(c.Old), visible(c.New)
 		switch {
-		case c.Old == "":
-			fmt.Fprintf(&b, "%s+ %s: %s%s\n", indent, c.What, c.New, note)
-		case c.New == "":
-			fmt.Fprintf(&b, "%s- %s: %s%s\n", indent, c.What, c.Old, note)
+		case was == "":
+			fmt.Fprintf(&b, "%s+ %s: %s%s\n", indent, what, is, note)
+		case is == "":
+			fmt.Fprintf(&b, "%s- %s: %s%s\n", indent, what, was, note)
 		default:
-			fmt.Fprintf(&b, "%s~ %s: %s → %s%s\n", indent, c.What, c.Old, c.New, note)
+			fmt.Fprintf(&b, "%s~ %s: %s → %s%s\n", indent, what, was, is, note)
 		}
 	}
 	return b.String()
+}
+
+// visible takes out what would move a terminal's cursor, end a line or turn the direction of writing: a file must not be
+// able to hide in the plan what it asks for.
+func visible(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsGraphic(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
 }
 
 // Diff compares. A nil old is a contract that does not exist yet. Keys, salts, certificates and where blobs lie are not
