@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"holdfast/api"
@@ -28,39 +29,89 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func (a *app) runCmd() *cobra.Command {
-	cmd := &cobra.Command{Use: "run", Short: "Run one daemon of a grid", Long: "The daemons of a grid. holdfast up writes their configurations and runs them on one machine; on separate machines\neach is run by itself with a configuration of the same form."}
-	var config string
-	daemon := func(use, short string, f func(ctx context.Context, config string) error) *cobra.Command {
-		c := &cobra.Command{
-			Use: use, Short: short, Args: cobra.NoArgs, Example: "  holdfast run " + use + " --config /etc/holdfast/config.json",
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				if config == "" {
-					return errors.New("run " + use + " needs --config FILE")
-				}
-				// Keys are in these processes' memory: no core dump, no ptrace by others of the same user.
-				if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+// setting is a flag that overrides one field of a daemon's configuration.
+type setting struct {
+	flag, usage string
+	to          *string
+	optional    bool
+}
+
+// daemon makes the command of one daemon. Its configuration is a file, or flags, or a file and flags that override it.
+func daemon[C any](use, short string, settings func(*C) []setting, f func(context.Context, *C) error) *cobra.Command {
+	var file string
+	var given C
+	c := &cobra.Command{
+		Use: use, Short: short, Args: asUsed, Example: "  holdfast run " + use + " --config /etc/holdfast/config.json",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			// Keys are in these processes' memory: no core dump, no ptrace by others of the same user.
+			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+				return err
+			}
+			var cfg C
+			if file != "" {
+				if err := readConfig(file, &cfg); err != nil {
 					return err
 				}
-				return f(cmd.Context(), config)
-			},
-		}
-		c.Flags().StringVar(&config, "config", "", "configuration `file`")
-		return c
+			}
+			from := settings(&given)
+			var missing []string
+			for i, x := range settings(&cfg) {
+				if cmd.Flags().Changed(x.flag) {
+					*x.to = *from[i].to
+				}
+				if *x.to == "" && !x.optional {
+					missing = append(missing, "--"+x.flag)
+				}
+			}
+			if len(missing) > 0 {
+				return wrong(cmd, fmt.Errorf("neither --config nor a flag gives %s", strings.Join(missing, ", ")))
+			}
+			return f(cmd.Context(), &cfg)
+		},
 	}
-	hidden := func(use string, args cobra.PositionalArgs, f func(ctx context.Context, args []string) error) *cobra.Command {
-		return &cobra.Command{Use: use, Hidden: true, Args: args, RunE: func(cmd *cobra.Command, args []string) error { return f(cmd.Context(), args) }}
+	c.Flags().StringVar(&file, "config", "", "configuration `file`, in JSON")
+	for _, x := range settings(&given) {
+		c.Flags().StringVar(x.to, x.flag, "", x.usage)
+	}
+	return c
+}
+
+const (
+	genesisUsage = "`file` with the grid's genesis"
+	nameUsage    = "`name`, for people"
+)
+
+func (a *app) runCmd() *cobra.Command {
+	cmd := group(&cobra.Command{Use: "run", Short: "Run one daemon of a grid", Long: "The daemons of a grid. holdfast up writes their configurations and runs them on one machine; on separate machines\neach is run by itself with a configuration of the same form. Flags override the configuration."})
+	hidden := func(use, short string, f func(ctx context.Context, args []string) error) *cobra.Command {
+		return &cobra.Command{Use: use, Short: short, Hidden: true, Args: asUsed, RunE: func(cmd *cobra.Command, args []string) error { return f(cmd.Context(), args) }}
 	}
 	cmd.AddCommand(
-		daemon("validator", "Take part in consensus and serve the ledger", runValidator),
-		daemon("node", "Run the workloads that the ledger assigns to this node", runNode),
-		daemon("gateway", "Serve the public end: pass connections on to nodes that dialled out", runGateway),
-		hidden("init", cobra.NoArgs, func(context.Context, []string) error { return box.Init() }),
+		daemon("validator", "Take part in consensus and serve the ledger", func(c *grid.ValidatorConfig) []setting {
+			return []setting{
+				{"name", nameUsage, &c.Name, true}, {"genesis", genesisUsage, &c.Genesis, false}, {"data", "`directory` of its keys, the chain and blobs", &c.Data, false},
+				{"p2p", "`address` that consensus listens on", &c.P2P, false}, {"api", "`address` that the ledger API listens on", &c.API, false},
+			}
+		}, runValidator),
+		daemon("node", "Run the workloads that the ledger assigns to this node", func(c *grid.NodeConfig) []setting {
+			return []setting{
+				{"name", nameUsage, &c.Name, true}, {"genesis", genesisUsage, &c.Genesis, false}, {"data", "`directory` on disk: sealed blobs and encrypted volumes", &c.Data, false},
+				{"run", "`directory` on tmpfs: all that must not reach a disk", &c.Run, false}, {"key", "`file` with the node's key, made when there is none", &c.Key, false},
+				{"runsc", "`path` of holdfast-runsc", &c.Runsc, false}, {"cgroup", "parent `group` of the workloads' cgroups", &c.Cgroup, false},
+			}
+		}, runNode),
+		daemon("gateway", "Serve the public end: pass connections on to nodes that dialled out", func(c *grid.GatewayConfig) []setting {
+			return []setting{
+				{"name", nameUsage, &c.Name, true}, {"genesis", genesisUsage, &c.Genesis, false}, {"data", "`directory` of what it trusts", &c.Data, false},
+				{"key", "`file` with its TLS key, made when there is none", &c.Key, false}, {"listen", "public `address`", &c.Listen, false},
+			}
+		}, runGateway),
+		hidden("init", "Process 1 of a box", func(context.Context, []string) error { return box.Init() }),
 		// A shim and a volume server outlive the agent and its signals; they handle their own.
-		hidden("shim DIR", cobra.ExactArgs(1), func(_ context.Context, args []string) error {
+		hidden("shim DIR", "The process around one sandbox", func(_ context.Context, args []string) error {
 			return sandbox.Shim(context.Background(), args[0])
 		}),
-		hidden("volume", cobra.NoArgs, func(context.Context, []string) error { return volume.Serve(context.Background(), os.Stdin) }),
+		hidden("volume", "The process behind one volume", func(context.Context, []string) error { return volume.Serve(context.Background(), os.Stdin) }),
 	)
 	return cmd
 }
@@ -94,11 +145,7 @@ func readGenesis(path string) (*ledger.Genesis, error) {
 // maxStore bounds one blob of a validator's store.
 const maxStore = api.MaxBlob
 
-func runValidator(ctx context.Context, config string) error {
-	var c grid.ValidatorConfig
-	if err := readConfig(config, &c); err != nil {
-		return err
-	}
+func runValidator(ctx context.Context, c *grid.ValidatorConfig) error {
 	g, err := readGenesis(c.Genesis)
 	if err != nil {
 		return err
@@ -122,11 +169,7 @@ func runValidator(ctx context.Context, config string) error {
 	return v.Run(ctx)
 }
 
-func runGateway(ctx context.Context, config string) error {
-	var c grid.GatewayConfig
-	if err := readConfig(config, &c); err != nil {
-		return err
-	}
+func runGateway(ctx context.Context, c *grid.GatewayConfig) error {
 	g, err := readGenesis(c.Genesis)
 	if err != nil {
 		return err
@@ -172,11 +215,7 @@ func ended(ctx context.Context, err error) error {
 	return err
 }
 
-func runNode(ctx context.Context, config string) error {
-	var c grid.NodeConfig
-	if err := readConfig(config, &c); err != nil {
-		return err
-	}
+func runNode(ctx context.Context, c *grid.NodeConfig) error {
 	g, err := readGenesis(c.Genesis)
 	if err != nil {
 		return err

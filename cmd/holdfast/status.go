@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -15,15 +14,11 @@ import (
 	"strings"
 	"time"
 
-	"holdfast/access"
 	"holdfast/api"
 	"holdfast/ca"
 	"holdfast/contract"
-	"holdfast/deploy"
 	"holdfast/identity"
-	"holdfast/internal/grid"
 	"holdfast/ledger"
-	"holdfast/node"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -66,10 +61,13 @@ type workloadStatus struct {
 	Node     string              `json:"node"`
 	Epoch    uint64              `json:"epoch"`
 	State    string              `json:"state"`
-	Reason   string              `json:"reason,omitempty"`
+	Reason   string              `json:"reason"` // why it is not as it should be
 	Restarts uint32              `json:"restarts"`
 	Settled  bool                `json:"settled"` // it is as it should be: it runs, or ended as it should
 }
+
+// serving is the state of a route that answers.
+const serving = "serving"
 
 type routeStatus struct {
 	Host     string      `json:"host"`
@@ -78,7 +76,7 @@ type routeStatus struct {
 	Contract contract.ID `json:"contract"`
 }
 
-// collect reads the state of the grid, of one contract or of all that the account has.
+// collect reads the state of the grid, with one contract or with all that the ledger has.
 func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contract.ID) (*status, error) {
 	v, err := c.Read(ctx, ledger.ContractsKey)
 	if err != nil {
@@ -87,7 +85,7 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	s := &status{Grid: c.Grid(), Height: v.Height, Nodes: []nodeStatus{}, Contracts: []contractStatus{}, Workloads: []workloadStatus{}, Routes: []routeStatus{}}
 	g := c.Genesis()
 	if len(g.Validators) == 1 {
-		s.Warnings = append(s.Warnings, "one validator: its operator could rewrite history")
+		s.Warnings = append(s.Warnings, oneValidator)
 	}
 	s.Warnings = append(s.Warnings, "node key on disk: a farmer who reads his node's disk while it runs or not can act as that node")
 	nodes, err := c.Nodes(ctx)
@@ -109,13 +107,10 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 			reports[r.Workload] = append(reports[r.Workload], r)
 		}
 	}
-	from := map[contract.WorkloadID]map[uint64]identity.NodeID{}
-	_ = from
 	ids := []contract.ID{only}
 	if only.IsZero() {
-		raw, ok := v.Value(ledger.ContractsKey)
 		ids = nil
-		if ok {
+		if raw, ok := v.Value(ledger.ContractsKey); ok {
 			l, err := ledger.Decode[[]contract.ID](raw)
 			if err != nil {
 				return nil, err
@@ -123,20 +118,27 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 			ids = *l
 		}
 	}
+	var keys, assigned []string
 	for _, id := range ids {
-		rec, err := api.Get[ledger.Contract](ctx, c, ledger.ContractKey(id))
-		if err != nil {
-			return nil, err
+		keys, assigned = append(keys, ledger.ContractKey(id)), append(assigned, ledger.AssignmentsKey(id))
+	}
+	recs, err := api.GetAll[ledger.Contract](ctx, c, keys)
+	if err != nil {
+		return nil, err
+	}
+	as, err := api.GetAll[ledger.Assignments](ctx, c, assigned)
+	if err != nil {
+		return nil, err
+	}
+	for i, rec := range recs {
+		if rec == nil {
+			return nil, fmt.Errorf("contract %v: %w", ids[i], ledger.ErrAbsent)
 		}
-		s.Contracts = append(s.Contracts, contractStatus{id, rec.Name, len(rec.Revisions), rec.State})
-		as, err := api.Get[ledger.Assignments](ctx, c, ledger.AssignmentsKey(id))
-		if err != nil && !errors.Is(err, ledger.ErrAbsent) {
-			return nil, err
-		}
-		if as == nil {
+		s.Contracts = append(s.Contracts, contractStatus{rec.ID, rec.Name, len(rec.Revisions), rec.State})
+		if as[i] == nil {
 			continue
 		}
-		for _, x := range as.Current {
+		for _, x := range as[i].Current {
 			s.Workloads = append(s.Workloads, workload(rec, &x, names[x.Node], reports[x.Workload]))
 		}
 	}
@@ -175,7 +177,7 @@ func workload(rec *ledger.Contract, x *ledger.Assignment, n *ledger.Node, report
 	}
 	for _, r := range reports {
 		if r.Epoch == x.Epoch && int(r.Revision) == len(rec.Revisions) {
-			w.State, w.Reason, w.Restarts = r.State, r.Reason, r.Restarts
+			w.State, w.Reason, w.Restarts = printable([]byte(r.State)), printable([]byte(r.Reason)), r.Restarts // a farmer's words
 			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
 		}
 	}
@@ -238,12 +240,12 @@ func (p *prober) probe(ctx context.Context, host string) string {
 	if resp.StatusCode >= 500 {
 		return fmt.Sprintf("answers %d", resp.StatusCode)
 	}
-	return "serving"
+	return serving
 }
 
 func (a *app) statusCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "status", Short: "Show nodes, contracts, workloads and routes", Args: cobra.NoArgs,
+		Use: "status", Short: "Show nodes, contracts, workloads and routes", Args: asUsed,
 		Long:    "What the ledger wants comes with proofs, what the nodes see comes signed by them, and routes are asked through the\ngateway.",
 		Example: "  holdfast status\n  holdfast status --json | jq .workloads",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -252,7 +254,7 @@ func (a *app) statusCmd() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			authority, err := ca.Open(a.dir+"/ca", domains(), time.Now())
+			authority, err := a.authority()
 			if err != nil {
 				return err
 			}
@@ -313,94 +315,4 @@ func showRoutes(w io.Writer, s *status) {
 		rows = append(rows, []string{x.URL, stateColour(w, x.State)})
 	}
 	table(w, rows...)
-}
-
-// logs fetches from each node that runs a workload of the contract.
-func (a *app) logs(ctx context.Context, out io.Writer, u *deploy.User, cfg *grid.Client, args []string, follow bool, lines int) error {
-	rec, err := u.Find(ctx, args[0])
-	if err != nil {
-		return err
-	}
-	as, err := api.Get[ledger.Assignments](ctx, u.Client, ledger.AssignmentsKey(rec.ID))
-	if err != nil {
-		return err
-	}
-	nodes, err := u.Client.Nodes(ctx)
-	if err != nil {
-		return err
-	}
-	var from []ledger.Assignment
-	for _, x := range as.Current {
-		if (len(args) < 2 || x.Service == args[1]) && !x.Node.IsZero() {
-			from = append(from, x)
-		}
-	}
-	if len(from) == 0 {
-		return fmt.Errorf("no workload of %s runs anywhere", strings.Join(args, " "))
-	}
-	w := &lineWriter{w: out}
-	var eg errgroup.Group
-	for _, x := range from {
-		i := slices.IndexFunc(nodes, func(n *ledger.Node) bool { return n.ID == x.Node })
-		if i < 0 {
-			continue
-		}
-		prefix := ""
-		if len(from) > 1 {
-			prefix = fmt.Sprintf("%s-%d | ", x.Service, x.Replica)
-		}
-		fetch := func() error {
-			err := fetchLogs(ctx, u, cfg.Gateway, nodes[i], x.Workload, follow, lines, w.prefixed(prefix))
-			if err != nil {
-				return fmt.Errorf("%s-%d on %s: %w", x.Service, x.Replica, nodes[i].Name, err)
-			}
-			return nil
-		}
-		if follow {
-			eg.Go(fetch)
-		} else if err := fetch(); err != nil {
-			return err
-		}
-	}
-	return eg.Wait()
-}
-
-func fetchLogs(ctx context.Context, u *deploy.User, gateway string, n *ledger.Node, id contract.WorkloadID, follow bool, lines int, w io.Writer) error {
-	name := node.ServiceName(n.ID)
-	tr := &http.Transport{
-		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, network, gateway)
-		},
-		TLSClientConfig: &tls.Config{
-			ServerName: name, MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, // the key is pinned by the ledger instead
-			VerifyConnection: func(cs tls.ConnectionState) error {
-				if sha256.Sum256(cs.PeerCertificates[0].RawSubjectPublicKeyInfo) != n.TLS {
-					return fmt.Errorf("the answer is not from %s: its key is another", n.Name)
-				}
-				return nil
-			},
-		},
-	}
-	defer tr.CloseIdleConnections()
-	q := url.Values{"tail": {fmt.Sprint(lines)}}
-	if follow {
-		q.Set("follow", "1")
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+name+"/v1/logs/"+id.String()+"?"+q.Encode(), nil)
-	if err != nil {
-		return err
-	}
-	access.Sign(req, n.TLS, u.Account, u.Keys.DeviceKey(), time.Now())
-	resp, err := (&http.Client{Transport: tr}).Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-		return errors.New(strings.TrimSpace(string(b)))
-	}
-	_, err = io.Copy(w, resp.Body)
-	return err
 }

@@ -10,9 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
+	"holdfast/identity"
 	"holdfast/internal/box"
 	"holdfast/internal/grid"
 
@@ -24,7 +27,7 @@ func (a *app) upCmd() *cobra.Command {
 	var o grid.Options
 	var detach bool
 	cmd := &cobra.Command{
-		Use: "up", Short: "Run a whole grid on this machine", Args: cobra.NoArgs,
+		Use: "up", Short: "Run a whole grid on this machine", Args: asUsed,
 		Long:    "Runs one validator, nodes on three farms and a gateway, each in namespaces of its own with a little internet between\nthem, until it is interrupted. Started again with the same --dir, everything is back: killed, it adopts what goes on.\nOne validator means that its operator could rewrite history; a grid that matters has at least four.",
 		Example: "  holdfast up                                      # in the foreground\n  holdfast up --detach                             # returns when the grid is up\n  holdfast up --dir /srv/grid --nodes 5 --listen 127.0.0.1:9443",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -39,8 +42,14 @@ func (a *app) upCmd() *cobra.Command {
 			if o.Runsc == "" {
 				o.Runsc = filepath.Join(filepath.Dir(o.Binary), "holdfast-runsc")
 			}
+			if o.Runsc, err = filepath.Abs(o.Runsc); err != nil { // boxes and the detached process have another directory
+				return err
+			}
 			if _, err := os.Stat(o.Runsc); err != nil {
-				return fmt.Errorf("holdfast-runsc is not beside holdfast: %w (make build makes it)", err)
+				return fmt.Errorf("holdfast-runsc is not there: %w (make build makes it beside holdfast)", err)
+			}
+			if err := a.ours(); err != nil {
+				return err
 			}
 			if detach {
 				return a.detach(cmd, o)
@@ -54,6 +63,23 @@ func (a *app) upCmd() *cobra.Command {
 	f.StringVar(&o.Runsc, "runsc", "", "`path` of holdfast-runsc (default beside holdfast)")
 	f.BoolVar(&detach, "detach", false, "leave the grid running in the background")
 	return cmd
+}
+
+// ours refuses a directory that holds other things: down --data would remove them.
+func (a *app) ours() error {
+	list, err := os.ReadDir(a.dir)
+	if errors.Is(err, os.ErrNotExist) || a.noGrid() == nil {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	known := []string{"boxes", "ca", "client.json", "config", "data", "grid.key", "lab", "lock", "log", "ready", "trust", "user.key"}
+	for _, e := range list {
+		if !slices.Contains(known, e.Name()) && !strings.HasPrefix(e.Name(), ".new-") {
+			return fmt.Errorf("%s holds %s, which is no grid's: name a directory of its own with --dir", a.dir, e.Name())
+		}
+	}
+	return nil
 }
 
 // up supervises in this process.
@@ -104,7 +130,7 @@ func (a *app) up(ctx context.Context, cmd *cobra.Command, o grid.Options) error 
 			if err := os.WriteFile(filepath.Join(a.dir, "ready"), fmt.Appendln(nil, os.Getpid()), 0o600); err != nil {
 				return err
 			}
-			a.welcome(cmd.OutOrStdout(), g)
+			return a.welcome(cmd.OutOrStdout(), g)
 		}
 		return nil
 	})
@@ -113,10 +139,23 @@ func (a *app) up(ctx context.Context, cmd *cobra.Command, o grid.Options) error 
 	return err
 }
 
-func (a *app) welcome(w io.Writer, g *grid.Grid) {
+func (a *app) welcome(w io.Writer, g *grid.Grid) error {
+	key := filepath.Join(g.Dir, "user.key")
+	if a.json {
+		return printJSON(w, struct {
+			Grid    identity.GridID `json:"grid"`
+			Dir     string          `json:"dir"`
+			Nodes   int             `json:"nodes"`
+			Farms   int             `json:"farms"`
+			Gateway string          `json:"gateway"`
+			Key     string          `json:"key"` // of the user, in the clear
+			Warning string          `json:"warning"`
+		}{g.Genesis.GridID(), g.Dir, g.Nodes, grid.Farms, g.Listen, key, oneValidator})
+	}
 	fmt.Fprintf(w, "grid %s is up: %d nodes on %d farms, one validator (its operator could rewrite history), one gateway at https://%s\n", g.Genesis.GridID().Short(), g.Nodes, grid.Farms, g.Listen)
-	fmt.Fprintf(w, "your key is in %s, in the clear: whoever reads it acts as you\n", filepath.Join(g.Dir, "user.key"))
-	fmt.Fprintf(w, "deploy something:  holdfast deploy examples/pocketbase/compose.yaml --wait\nlook:              holdfast status\nstop:              holdfast down\n")
+	fmt.Fprintf(w, "your key is in %s, in the clear: whoever reads it acts as you\n", key)
+	fmt.Fprintf(w, "deploy something:  %s\nlook:              %s\nstop:              %s\n", a.self("deploy examples/pocketbase/compose.yaml --wait"), a.self("status"), a.self("down"))
+	return nil
 }
 
 // detach starts up in the background and returns when it is ready.
@@ -131,8 +170,11 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 	ready := filepath.Join(dir, "ready")
 	if pid := box.Supervisor(dir); pid > 0 {
 		if _, err := os.Stat(ready); err == nil {
-			fmt.Fprintf(cmd.OutOrStdout(), "the grid in %s is up already (process %d)\n", dir, pid)
-			return nil
+			if !a.json {
+				fmt.Fprintf(cmd.OutOrStdout(), "the grid in %s is up already (process %d)\n", dir, pid)
+				return nil
+			}
+			return a.welcomeTo(cmd.OutOrStdout(), dir, o)
 		}
 		return fmt.Errorf("the grid in %s is just coming up or going down (process %d): try again in a moment", dir, pid)
 	}
@@ -174,14 +216,18 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 		}
 		if _, err := os.Stat(ready); err == nil {
 			p.done()
-			g, err := grid.Layout(grid.Options{Dir: dir, Nodes: o.Nodes, Listen: listenOf(dir), Binary: o.Binary, Runsc: o.Runsc})
-			if err != nil {
-				return err
-			}
-			a.welcome(cmd.OutOrStdout(), g)
-			return nil
+			return a.welcomeTo(cmd.OutOrStdout(), dir, o)
 		}
 	}
+}
+
+// welcomeTo tells of a grid that another process runs.
+func (a *app) welcomeTo(w io.Writer, dir string, o grid.Options) error {
+	g, err := grid.Layout(grid.Options{Dir: dir, Nodes: o.Nodes, Listen: listenOf(dir), Binary: o.Binary, Runsc: o.Runsc})
+	if err != nil {
+		return err
+	}
+	return a.welcome(w, g)
 }
 
 func listenOf(dir string) string {
@@ -210,7 +256,7 @@ func tail(path string, n int) string {
 func (a *app) downCmd() *cobra.Command {
 	var data bool
 	cmd := &cobra.Command{
-		Use: "down", Short: "End the grid on this machine", Args: cobra.NoArgs,
+		Use: "down", Short: "End the grid on this machine", Args: asUsed,
 		Long:    "Ends all processes of the grid in --dir, with their namespaces, mounts, interfaces and cgroups. Workloads are asked to\nstop first. The data stays, and up brings everything back; --data removes it too.",
 		Example: "  holdfast down\n  holdfast down --data                             # and lose everything in it",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -218,18 +264,29 @@ func (a *app) downCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := os.Stat(filepath.Join(dir, "genesis")); errors.Is(err, os.ErrNotExist) {
+			found := a.noGrid() == nil
+			if found {
+				if os.Geteuid() != 0 {
+					return errors.New("down ends processes of root: run it as root")
+				}
+				p := newProgress(cmd.ErrOrStderr())
+				p.say("stopping the grid")
+				err = grid.Down(cmd.Context(), dir, data)
+				p.done()
+				if err != nil {
+					return err
+				}
+			}
+			if a.json {
+				return printJSON(cmd.OutOrStdout(), struct {
+					Dir     string `json:"dir"`
+					Found   bool   `json:"found"`
+					Removed bool   `json:"removed"`
+				}{dir, found, found && data})
+			}
+			if !found {
 				fmt.Fprintf(cmd.OutOrStdout(), "there is no grid in %s\n", dir)
-				return nil
-			}
-			p := newProgress(cmd.ErrOrStderr())
-			p.say("stopping the grid")
-			err = grid.Down(cmd.Context(), dir, data)
-			p.done()
-			if err != nil {
-				return err
-			}
-			if data {
+			} else if data {
 				fmt.Fprintf(cmd.OutOrStdout(), "the grid is down, and %s is removed\n", dir)
 			} else {
 				fmt.Fprintf(cmd.OutOrStdout(), "the grid is down; its data stays in %s\n", dir)
@@ -242,24 +299,51 @@ func (a *app) downCmd() *cobra.Command {
 }
 
 func (a *app) labCmd() *cobra.Command {
-	cmd := &cobra.Command{Use: "lab", Short: "Play faults on a grid made by up", Long: "Faults on the grid that up runs on this machine, to watch it heal."}
-	fault := func(verb, short string, want box.Wanted) *cobra.Command {
+	cmd := group(&cobra.Command{Use: "lab", Short: "Play faults on a grid made by up", Long: "Faults on the grid that up runs on this machine, to watch it heal. NODE is a node, or \"validator\" or \"gateway\"."})
+	fault := func(verb, short, state string, want box.Wanted) *cobra.Command {
 		return &cobra.Command{
-			Use: verb + " NAME", Short: short, Args: cobra.ExactArgs(1), Example: "  holdfast lab " + verb + " node-2",
+			Use: verb + " NODE", Short: short, Args: asUsed, Example: "  holdfast lab " + verb + " node-2",
+			ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+				return a.machines(), cobra.ShellCompDirectiveNoFileComp
+			},
 			RunE: func(cmd *cobra.Command, args []string) error {
+				if err := a.noGrid(); err != nil {
+					return err
+				}
+				if all := a.machines(); !slices.Contains(all, args[0]) {
+					return fmt.Errorf("the grid in %s has no %q: it has %s", a.dir, args[0], strings.Join(all, ", "))
+				}
 				if err := grid.Lab(cmd.Context(), a.dir, args[0], want); err != nil {
 					return err
 				}
-				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", args[0], map[box.Wanted]string{box.Up: "running", box.Down: "killed, stays down until lab resume", box.Paused: "paused until lab resume", box.Cut: "cable pulled until lab resume"}[want])
+				if a.json {
+					return printJSON(cmd.OutOrStdout(), struct {
+						Name  string `json:"name"`
+						State string `json:"state"`
+					}{args[0], or(string(want), "up")})
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", args[0], state)
 				return nil
 			},
 		}
 	}
 	cmd.AddCommand(
-		fault("kill", "Kill everything on a machine and keep it down", box.Down),
-		fault("pause", "Freeze a machine", box.Paused),
-		fault("cut", "Pull a machine's network cable", box.Cut),
-		fault("resume", "Undo kill, pause and cut", box.Up),
+		fault("kill", "Kill everything on a machine and keep it down", "killed, stays down until lab resume", box.Down),
+		fault("pause", "Freeze a machine", "paused until lab resume", box.Paused),
+		fault("cut", "Pull a machine's network cable", "cable pulled until lab resume", box.Cut),
+		fault("resume", "Undo kill, pause and cut", "running", box.Up),
 	)
 	return cmd
+}
+
+// machines are those of the grid that up runs.
+func (a *app) machines() []string {
+	files, err := filepath.Glob(filepath.Join(a.dir, "config", "*.json"))
+	if err != nil {
+		return nil
+	}
+	for i, f := range files {
+		files[i] = strings.TrimSuffix(filepath.Base(f), ".json")
+	}
+	return files
 }

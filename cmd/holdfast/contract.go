@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/deploy"
+	"holdfast/ledger"
+
+	"github.com/spf13/cobra"
+)
+
+// withUser is the body of a command that acts as the user.
+func (a *app) withUser(f func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		u, _, err := a.user(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer u.Client.Close()
+		return f(cmd.Context(), cmd.OutOrStdout(), u, args)
+	}
+}
+
+func (a *app) contractCmd() *cobra.Command {
+	cmd := group(&cobra.Command{Use: "contract", Short: "Look at contracts and end them"})
+	cmd.AddCommand(
+		&cobra.Command{
+			Use: "list", Short: "List the account's contracts", Args: asUsed, Example: "  holdfast contract list\n  holdfast contract list --json",
+			RunE: a.withUser(a.contractList),
+		},
+		a.contractShowCmd(),
+		&cobra.Command{
+			Use: "history NAME", Short: "List a contract's revisions", Args: asUsed, Example: "  holdfast contract history reader",
+			RunE: a.withUser(a.contractHistory),
+		},
+		a.contractCancelCmd(),
+	)
+	return cmd
+}
+
+func (a *app) contractList(ctx context.Context, w io.Writer, u *deploy.User, _ []string) error {
+	all, err := u.Contracts(ctx)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		if all == nil {
+			all = []*ledger.Contract{}
+		}
+		return printJSON(w, all)
+	}
+	if len(all) == 0 {
+		fmt.Fprintln(w, "no contracts yet: holdfast deploy FILE makes one")
+		return nil
+	}
+	rows := [][]string{{"NAME", "REVISION", "STATE", "ID"}}
+	for _, c := range all {
+		rows = append(rows, []string{c.Name, fmt.Sprint(len(c.Revisions)), stateColour(w, c.State), c.ID.String()})
+	}
+	table(w, rows...)
+	return nil
+}
+
+func (a *app) contractShowCmd() *cobra.Command {
+	var body bool
+	cmd := &cobra.Command{
+		Use: "show NAME", Short: "Show what the ledger has of a contract, and with --body what is sealed", Args: asUsed,
+		Long:    "Shows the header of the current revision, which everybody can read on the ledger. With --body it opens the sealed body\nwith your key and prints the Compose file that was deployed. A contract is named by its name or its ID.",
+		Example: "  holdfast contract show reader\n  holdfast contract show reader --body > compose.yaml",
+		RunE: a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
+			c, err := u.Find(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			if body {
+				return a.contractBody(ctx, w, u, c)
+			}
+			h, err := u.Header(ctx, c.Current)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return printJSON(w, struct {
+					Contract *ledger.Contract `json:"contract"`
+					Header   *contract.Header `json:"header"`
+				}{c, h})
+			}
+			showHeader(w, c, h)
+			return nil
+		}),
+	}
+	cmd.Flags().BoolVar(&body, "body", false, "print the Compose file that was deployed")
+	return cmd
+}
+
+func (a *app) contractBody(ctx context.Context, w io.Writer, u *deploy.User, c *ledger.Contract) error {
+	cur, err := u.Open(ctx, c, c.Current)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return printJSON(w, struct {
+			Source string `json:"source"`
+		}{string(cur.Body.Source)})
+	}
+	_, err = w.Write(cur.Body.Source)
+	return err
+}
+
+func showHeader(w io.Writer, c *ledger.Contract, h *contract.Header) {
+	table(w, []string{"contract", c.Name}, []string{"id", c.ID.String()}, []string{"state", stateColour(w, c.State)}, []string{"account", c.Account.String()},
+		[]string{"revision", fmt.Sprintf("%d, of %s", h.Revision, time.Unix(c.Times[len(c.Times)-1], 0).UTC().Format(time.RFC3339))},
+		[]string{"", c.Current.String()}, []string{"body", fmt.Sprintf("%d bytes, sealed", h.SealedSize)})
+	fmt.Fprintln(w)
+	rows := [][]string{{"SERVICE", "REPLICAS", "CORES", "MEMORY", "VOLUMES", "EGRESS", "PLACEMENT"}}
+	for _, s := range h.Services {
+		var where []string
+		if s.Placement.Spread != "" {
+			where = append(where, "one a "+s.Placement.Spread)
+		}
+		if len(s.Placement.Farms) > 0 {
+			where = append(where, "on "+strings.Join(s.Placement.Farms, ", "))
+		}
+		if len(s.Placement.Nodes) > 0 {
+			where = append(where, "on "+strings.Join(s.Placement.Nodes, ", "))
+		}
+		egress := "no"
+		if s.Egress {
+			egress = "yes"
+		}
+		rows = append(rows, []string{s.Name, fmt.Sprint(s.Replicas), fmt.Sprintf("%.1f", float64(s.CPUMilli)/1000), mib(int64(s.Memory)), or(strings.Join(s.Volumes, ", "), "-"), egress, or(strings.Join(where, "; "), "anywhere")})
+	}
+	table(w, rows...)
+	if len(h.Volumes) > 0 {
+		rows = [][]string{{"VOLUME", "SIZE"}}
+		for _, v := range h.Volumes {
+			rows = append(rows, []string{v.Name, mib(int64(v.Size))})
+		}
+		fmt.Fprintln(w)
+		table(w, rows...)
+	}
+	if len(h.Routes) > 0 {
+		rows = [][]string{{"ROUTE", "SERVICE", "PORT"}}
+		for _, r := range h.Routes {
+			rows = append(rows, []string{r.Host, r.Service, fmt.Sprint(r.Port)})
+		}
+		fmt.Fprintln(w)
+		table(w, rows...)
+	}
+}
+
+func or(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
+}
+
+func (a *app) contractHistory(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
+	c, err := u.Find(ctx, args[0])
+	if err != nil {
+		return err
+	}
+	type row struct {
+		Revision int                 `json:"revision"`
+		ID       contract.RevisionID `json:"id"`
+		Time     time.Time           `json:"time"`
+		Current  bool                `json:"current"`
+	}
+	all := []row{}
+	for i, r := range c.Revisions {
+		all = append(all, row{i + 1, r, time.Unix(c.Times[i], 0).UTC(), r == c.Current})
+	}
+	if a.json {
+		return printJSON(w, all)
+	}
+	rows := [][]string{{"REVISION", "TIME", "ID"}}
+	for _, r := range all {
+		rows = append(rows, []string{fmt.Sprint(r.Revision), r.Time.Format(time.RFC3339), r.ID.String()})
+	}
+	table(w, rows...)
+	return nil
+}
+
+func (a *app) contractCancelCmd() *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use: "cancel NAME", Short: "End a contract: its workloads stop, its data stays on its nodes", Args: asUsed, Example: "  holdfast contract cancel reader\n  holdfast contract cancel reader --yes",
+	}
+	cmd.RunE = a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
+		c, err := u.Find(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		if c.State == ledger.Active {
+			if !yes {
+				if err := confirm(cmd, "end contract "+c.Name+"?"); err != nil {
+					return err
+				}
+			}
+			if err := u.Cancel(ctx, c.ID); err != nil {
+				return err
+			}
+		}
+		if a.json {
+			return printJSON(w, struct {
+				ID    contract.ID `json:"id"`
+				Name  string      `json:"name"`
+				State string      `json:"state"`
+			}{c.ID, c.Name, ledger.Cancelled})
+		}
+		if c.State != ledger.Active {
+			fmt.Fprintf(w, "%s is %s already\n", c.Name, c.State)
+			return nil
+		}
+		fmt.Fprintf(w, "%s is cancelled\n", c.Name)
+		return nil
+	})
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return cmd
+}

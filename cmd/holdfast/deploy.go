@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/deploy"
+	"holdfast/internal/grid"
+
+	"github.com/spf13/cobra"
+)
+
+// load reads the Compose file of plan and deploy.
+func load(ctx context.Context, path string, outside bool) (*contract.Document, error) {
+	env := map[string]string{}
+	for _, e := range os.Environ() {
+		k, v, _ := strings.Cut(e, "=")
+		env[k] = v
+	}
+	return contract.Load(ctx, contract.Input{Path: path, Env: env, OutsideFiles: outside})
+}
+
+const outsideUsage = "allow secrets, configs and env files outside the Compose file's directory"
+
+func (a *app) planCmd() *cobra.Command {
+	var outside, offline bool
+	cmd := &cobra.Command{
+		Use: "plan FILE", Short: "Show what deploying a Compose file would change", Args: asUsed,
+		Long:    "Reads a Compose file, finds its images, and compares it with what runs. It changes nothing. What the file asks for and\ncannot have is refused, with the line and what to write instead.",
+		Example: "  holdfast plan compose.yaml\n  holdfast plan compose.yaml --json\n  holdfast plan compose.yaml --offline             # check the file alone, without a grid and its images",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			doc, err := load(cmd.Context(), args[0], outside)
+			if err != nil {
+				return err
+			}
+			if offline {
+				return a.showPlan(cmd.OutOrStdout(), &deploy.Proposal{Document: doc, Plan: contract.Diff(nil, nil, &doc.Header, &doc.Body)})
+			}
+			u, _, err := a.user(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer u.Client.Close()
+			p, err := u.Propose(cmd.Context(), doc, args[0])
+			if err != nil {
+				return err
+			}
+			return a.showPlan(cmd.OutOrStdout(), p)
+		},
+	}
+	cmd.Flags().BoolVar(&outside, "outside-files", false, outsideUsage)
+	cmd.Flags().BoolVar(&offline, "offline", false, "ask no grid and look for no image: everything is new")
+	return cmd
+}
+
+func (a *app) showPlan(w io.Writer, p *deploy.Proposal) error {
+	if a.json {
+		notes := p.Document.Notes
+		if notes == nil {
+			notes = []string{}
+		}
+		return printJSON(w, struct {
+			Name  string        `json:"name"`
+			Plan  contract.Plan `json:"plan"`
+			Notes []string      `json:"notes"`
+		}{p.Document.Name, p.Plan, notes})
+	}
+	fmt.Fprint(w, p.Plan.Text())
+	for _, n := range p.Document.Notes {
+		fmt.Fprintln(w, "note:", n)
+	}
+	return nil
+}
+
+func (a *app) deployCmd() *cobra.Command {
+	var yes, wait, outside bool
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use: "deploy FILE", Short: "Deploy a Compose file as a signed contract", Args: asUsed,
+		Long:    "Shows what would change, asks on a terminal, then seals the body and the images, signs the revision and submits it.\nA file that changes nothing is left alone. With --wait it follows until every workload runs and every route answers.",
+		Example: "  holdfast deploy compose.yaml --wait\n  holdfast deploy compose.yaml --yes --wait --json",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, out := cmd.Context(), cmd.OutOrStdout()
+			doc, err := load(ctx, args[0], outside)
+			if err != nil {
+				return err
+			}
+			u, cfg, err := a.user(ctx)
+			if err != nil {
+				return err
+			}
+			defer u.Client.Close()
+			p, err := u.Propose(ctx, doc, args[0])
+			if err != nil {
+				return err
+			}
+			pr := newProgress(cmd.ErrOrStderr())
+			defer pr.done()
+			var id contract.ID
+			if p.Plan.Empty() {
+				id = p.Current.Record.ID
+				if !a.json {
+					fmt.Fprintf(out, "%s: nothing changes\n", doc.Name)
+				}
+			} else if id, err = a.submit(cmd, u, p, yes, pr); err != nil {
+				return err
+			}
+			if wait {
+				wctx, cancel := context.WithTimeout(ctx, timeout)
+				defer cancel()
+				if err := a.wait(wctx, u, cfg, id, pr); err != nil {
+					return err
+				}
+			}
+			return a.showDeployed(ctx, out, u, cfg, id)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
+	f.BoolVar(&wait, "wait", false, "follow until it runs and its routes answer")
+	f.DurationVar(&timeout, "timeout", 5*time.Minute, "how long --wait waits")
+	f.BoolVar(&outside, "outside-files", false, outsideUsage)
+	return cmd
+}
+
+// submit shows a proposal, asks, and puts it on the ledger.
+func (a *app) submit(cmd *cobra.Command, u *deploy.User, p *deploy.Proposal, yes bool, pr *progress) (contract.ID, error) {
+	out := cmd.OutOrStdout()
+	if !a.json {
+		if err := a.showPlan(out, p); err != nil {
+			return contract.ID{}, err
+		}
+	}
+	if !yes {
+		if a.json { // standard output is for the end
+			fmt.Fprint(cmd.ErrOrStderr(), p.Plan.Text())
+		}
+		if err := confirm(cmd, "sign and submit this?"); err != nil {
+			return contract.ID{}, err
+		}
+	}
+	done, err := u.Submit(cmd.Context(), p, time.Now(), func(step string, n, total int64) {
+		if total > 0 {
+			pr.say("%s: %s of %s", step, mib(n), mib(total))
+		} else {
+			pr.say("%s", step)
+		}
+	})
+	if err != nil {
+		return contract.ID{}, err
+	}
+	pr.done()
+	if !a.json {
+		fmt.Fprintf(out, "%s: revision %d of contract %s is on the ledger\n", p.Document.Name, done.Header.Revision, done.Contract.Short())
+	}
+	return done.Contract, nil
+}
+
+// wait follows a contract until all of it runs and answers.
+func (a *app) wait(ctx context.Context, u *deploy.User, cfg *grid.Client, id contract.ID, pr *progress) error {
+	prober := newProber(u.CA, cfg.Gateway)
+	var waiting []string
+	for {
+		s, err := a.collect(ctx, u.Client, prober, id)
+		if err == nil {
+			if waiting = unsettled(s); len(waiting) == 0 {
+				pr.done()
+				return nil
+			}
+			pr.say("waiting: %s", strings.Join(waiting, "; "))
+		}
+		select {
+		case <-ctx.Done():
+			if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return ctx.Err()
+			}
+			if len(waiting) == 0 && err != nil {
+				waiting = []string{err.Error()}
+			}
+			return fmt.Errorf("it does not run yet (the grid goes on trying): %s", strings.Join(waiting, "; "))
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// unsettled lists what is not yet as it should be.
+func unsettled(s *status) []string {
+	var out []string
+	for _, w := range s.Workloads {
+		if w.Settled {
+			continue
+		}
+		text := w.Name + " " + w.State
+		if w.Reason != "" {
+			text += ": " + w.Reason
+		}
+		out = append(out, text)
+	}
+	for _, r := range s.Routes {
+		if r.State != serving {
+			out = append(out, r.Host+" "+r.State)
+		}
+	}
+	return out
+}
+
+func (a *app) showDeployed(ctx context.Context, w io.Writer, u *deploy.User, cfg *grid.Client, id contract.ID) error {
+	s, err := a.collect(ctx, u.Client, newProber(u.CA, cfg.Gateway), id)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return printJSON(w, s)
+	}
+	showWorkloads(w, s)
+	showRoutes(w, s)
+	if len(s.Routes) > 0 {
+		fmt.Fprintf(w, "try: curl --cacert <(%s) %s\n", a.self("ca"), s.Routes[0].URL)
+	}
+	return nil
+}
