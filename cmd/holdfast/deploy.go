@@ -40,6 +40,9 @@ func (a *app) planCmd() *cobra.Command {
 				return err
 			}
 			if offline {
+				for i := range doc.Body.Services {
+					doc.Body.Services[i].Image.Manifest = "unknown"
+				}
 				return a.showPlan(cmd.OutOrStdout(), &deploy.Proposal{Document: doc, Plan: contract.Diff(nil, nil, &doc.Header, &doc.Body)})
 			}
 			u, _, err := a.user(cmd.Context())

@@ -133,6 +133,12 @@ func newRoot(a *app) *cobra.Command {
 		switch c.Name() {
 		case "help":
 			c.Example = "  holdfast help deploy"
+			c.Args = func(cmd *cobra.Command, args []string) error {
+				if _, rest, err := root.Find(args); err != nil || len(rest) > 0 {
+					return fmt.Errorf("unknown command %q", strings.Join(args, " "))
+				}
+				return nil
+			}
 		case "completion":
 			group(c)
 			for _, shell := range c.Commands() {

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"holdfast/api"
+	"holdfast/api/apitest"
+	"holdfast/contract"
+	"holdfast/identity"
+	"holdfast/internal/grid"
+	"holdfast/internal/testimage"
+	"holdfast/ledger"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// TestMain lets this binary be the program that the scripts run, and one that asks a question.
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"holdfast": main, "holdfast-asks": func() {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+		defer stop()
+		if _, err := askSecret(ctx, "secret?"); errors.Is(err, context.Canceled) {
+			os.Exit(exitInterrupted)
+		}
+	}})
+}
+
+// TestScripts runs testdata/script: the specification of every command. Beside testscript's own commands they have
+//
+//	exits CODE PROGRAM ARGS…   a program that must exit with that code
+//	until PATTERN PROGRAM ARGS…  a program whose output comes to match within half a minute
+//	grid [DIR]                 a ledger that answers, with an account, as up leaves it in DIR (default $HOLDFAST_DIR)
+//	node NAME [REASON]         a node of that grid, which says of all that it is given that it runs, or why it fails
+//	image DIR                  an OCI layout
+//	gateway ADDR               leads the user to another gateway
+//	seal-key PASSPHRASE        seals the user's key
+//
+// There are no machines and no gateway: whatever asks the gateway reaches the ledger's own server.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("HOLDFAST_DIR", filepath.Join(e.WorkDir, "grid"))
+			e.Setenv("HOME", e.WorkDir)
+			e.Values["t"] = e.T().(testing.TB)
+			return nil
+		},
+		Condition: func(c string) (bool, error) {
+			if c == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", c)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "image": writeImage, "gateway": otherGateway, "seal-key": sealKey,
+		},
+	})
+}
+
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	got := 0
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		var ee *exec.ExitError
+		if !errors.As(err, &ee) {
+			ts.Fatalf("%v", err)
+		}
+		got = ee.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("%s exits with %d, want %d", strings.Join(args[1:], " "), got, want)
+	}
+}
+
+func repeat(ts *testscript.TestScript, _ bool, args []string) {
+	want := regexp.MustCompile("(?m)" + args[0])
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := ts.Exec(args[1], args[2:]...)
+		if err == nil && want.MatchString(ts.ReadFile("stdout")) {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%s does not show %q: %v", strings.Join(args[1:], " "), args[0], err)
+		}
+	}
+}
+
+// theGrid is what startGrid leaves for startNode.
+type theGrid struct {
+	*apitest.Grid
+	client  *api.Client
+	account identity.AccountID
+	nodes   byte
+}
+
+func startGrid(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.Getenv("HOLDFAST_DIR")
+	if len(args) > 0 {
+		dir = ts.MkAbs(args[0])
+	}
+	t := ts.Value("t").(testing.TB)
+	g := &theGrid{Grid: apitest.Start(t, nil)}
+	g.client = g.Client(nil)
+	keys := apitest.Key(7)
+	g.account = g.Account(g.client, keys)
+	ts.Check(os.MkdirAll(dir, 0o700))
+	ts.Check(os.WriteFile(filepath.Join(dir, "genesis"), g.Genesis.Encode(), 0o600))
+	writeClient(ts, dir, grid.Client{Gateway: g.Addr(), Account: g.account})
+	ts.Check(identity.WriteKeyFile(filepath.Join(dir, "user.key"), keys, ""))
+	ts.Setenv("GATEWAY", g.Addr())
+	grids.Store(t, g)
+	t.Cleanup(func() { grids.Delete(t) })
+}
+
+func writeClient(ts *testscript.TestScript, dir string, c grid.Client) {
+	b, err := json.Marshal(c)
+	ts.Check(err)
+	ts.Check(os.WriteFile(filepath.Join(dir, "client.json"), b, 0o600))
+}
+
+func otherGateway(ts *testscript.TestScript, _ bool, args []string) {
+	found, _ := grids.Load(ts.Value("t"))
+	writeClient(ts, ts.Getenv("HOLDFAST_DIR"), grid.Client{Gateway: args[0], Account: found.(*theGrid).account})
+}
+
+// grids are the scripts' grids, by test: a script has no place for values that come after its setup.
+var grids sync.Map
+
+func startNode(ts *testscript.TestScript, _ bool, args []string) {
+	t := ts.Value("t").(testing.TB)
+	found, _ := grids.Load(t)
+	g := found.(*theGrid)
+	g.nodes++
+	n := g.Node(g.client, args[0], 100+g.nodes)
+	reason := ""
+	if len(args) > 1 {
+		var err error
+		reason, err = strconv.Unquote(`"` + args[1] + `"`)
+		ts.Check(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		speak(ctx, g, n, reason)
+	}()
+	t.Cleanup(func() { cancel(); <-done })
+	g.Up(g.client, n)
+}
+
+// speak is a node that does nothing but talk.
+func speak(ctx context.Context, g *theGrid, n *apitest.Node, reason string) {
+	for {
+		var reports []ledger.Report
+		ids, err := api.Get[[]contract.ID](ctx, g.client, ledger.NodeWorkKey(n.ID))
+		if err != nil {
+			ids = &[]contract.ID{}
+		}
+		for _, id := range *ids {
+			rec, err := api.Get[ledger.Contract](ctx, g.client, ledger.ContractKey(id))
+			if err != nil {
+				continue
+			}
+			as, err := api.Get[ledger.Assignments](ctx, g.client, ledger.AssignmentsKey(id))
+			if err != nil {
+				continue
+			}
+			for _, a := range as.Current {
+				r := ledger.Report{Workload: a.Workload, Contract: id, Service: a.Service, Replica: a.Replica, Epoch: a.Epoch, Revision: uint32(len(rec.Revisions)), State: ledger.StateRunning}
+				if reason != "" {
+					r.State, r.Reason = ledger.StateFailed, reason
+				}
+				reports = append(reports, r)
+			}
+		}
+		g.client.Heartbeat(ctx, n.Heartbeat(reports...).Encode())
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func writeImage(ts *testscript.TestScript, _ bool, args []string) {
+	img := testimage.New(ocispec.ImageConfig{Cmd: []string{"/server"}}, testimage.Layer(testimage.Entry{Data: []byte("no program")}))
+	ts.Check(img.WriteLayout(ts.MkAbs(args[0])))
+}
+
+func sealKey(ts *testscript.TestScript, _ bool, args []string) {
+	path := filepath.Join(ts.Getenv("HOLDFAST_DIR"), "user.key")
+	k, err := identity.ReadKeyFile(path, "")
+	ts.Check(err)
+	ts.Check(os.Remove(path))
+	ts.Check(identity.WriteKeyFile(path, k, args[0]))
+}
