@@ -2,7 +2,10 @@ package contract
 
 import (
 	"fmt"
+	"slices"
 	"time"
+
+	"holdfast/internal/canonical"
 )
 
 // Body is the sealed part of a revision: everything that a farm's owner, a validator or a gateway need not know.
@@ -19,20 +22,20 @@ type Process struct {
 	Image       Image             `cbor:"2,keyasint"`
 	Entrypoint  []string          `cbor:"3,keyasint,omitempty"` // nil: the image's
 	Command     []string          `cbor:"4,keyasint,omitempty"` // nil: the image's, unless Entrypoint is set
-	Environment []string          `cbor:"5,keyasint,omitempty"` // KEY=value, sorted
+	Environment []string          `cbor:"5,keyasint,omitempty"` // KEY=value, sorted by key
 	WorkingDir  string            `cbor:"6,keyasint,omitempty"`
 	User        string            `cbor:"7,keyasint,omitempty"`
 	ReadOnly    bool              `cbor:"8,keyasint,omitempty"`
-	CapAdd      []string          `cbor:"9,keyasint,omitempty"`
-	CapDrop     []string          `cbor:"10,keyasint,omitempty"`
+	CapAdd      []string          `cbor:"9,keyasint,omitempty"`  // without CAP_
+	CapDrop     []string          `cbor:"10,keyasint,omitempty"` // or ALL
 	Mounts      []Mount           `cbor:"11,keyasint,omitempty"`
 	Tmpfs       []Tmpfs           `cbor:"12,keyasint,omitempty"`
 	Files       []File            `cbor:"13,keyasint,omitempty"`
 	Health      *Healthcheck      `cbor:"14,keyasint,omitempty"`
 	DependsOn   []Dependency      `cbor:"15,keyasint,omitempty"`
-	Restart     string            `cbor:"16,keyasint,omitempty"` // "always" (default), "on-failure", "no", "unless-stopped"
+	Restart     string            `cbor:"16,keyasint,omitempty"` // "always" (also ""), "on-failure", "no", "unless-stopped"
 	MaxRetries  uint32            `cbor:"17,keyasint,omitempty"` // of on-failure; 0 is no limit
-	StopSignal  string            `cbor:"18,keyasint,omitempty"`
+	StopSignal  string            `cbor:"18,keyasint,omitempty"` // "SIGTERM" (also ""), …
 	StopGrace   time.Duration     `cbor:"19,keyasint,omitempty"` // 0 is 10 s
 	Labels      map[string]string `cbor:"20,keyasint,omitempty"`
 	Egress      []Egress          `cbor:"21,keyasint,omitempty"`
@@ -115,8 +118,60 @@ type Certificate struct {
 	Key   []byte   `cbor:"3,keyasint"` // PKCS #8 DER
 }
 
+// encode is the plaintext of a sealed body.
+func (b *Body) encode() ([]byte, error) {
+	plain := canonical.Encode(b)
+	if len(plain) > MaxBody {
+		return nil, fmt.Errorf("contract body has %d bytes, at most %d are allowed", len(plain), MaxBody)
+	}
+	if countItems(plain) > MaxItems {
+		return nil, fmt.Errorf("contract body has more than %d entries", MaxItems)
+	}
+	return plain, nil
+}
+
+func decodeBody(plain []byte) (*Body, error) {
+	if len(plain) <= MaxBody && countItems(plain) > MaxItems {
+		return nil, fmt.Errorf("contract body has more than %d entries", MaxItems)
+	}
+	var b Body
+	if err := canonical.Decode(plain, MaxBody, &b); err != nil {
+		return nil, fmt.Errorf("contract body: %w", err)
+	}
+	return &b, nil
+}
+
+// countItems is the number of CBOR data items of well-formed bytes, up to one more than MaxItems. An empty map of one byte
+// becomes a struct of hundreds when it is decoded, so that the length of an encoding does not bound what it takes.
+func countItems(b []byte) int {
+	n := 0
+	for len(b) > 0 && n <= MaxItems {
+		n++
+		major, info := b[0]>>5, b[0]&31
+		size := 0 // of the head's argument
+		if info >= 24 && info <= 27 {
+			size = 1 << (info - 24)
+		}
+		if len(b) <= size {
+			return n
+		}
+		arg := uint64(info)
+		if size > 0 {
+			arg = 0
+			for _, c := range b[1 : 1+size] {
+				arg = arg<<8 | uint64(c)
+			}
+		}
+		b = b[1+size:]
+		if major == 2 || major == 3 { // strings: their bytes are no items
+			b = b[min(arg, uint64(len(b))):]
+		}
+	}
+	return n
+}
+
 // Validate checks that the body fits its header: the grid placed and bounded what the header says, so that a body which
-// says otherwise must not start.
+// says otherwise must not start. Lists are sorted and name nothing twice, so that a plan shows all that there is.
 func (b *Body) Validate(h *Header) error {
 	if b.Version != Version {
 		return fmt.Errorf("version %d is not known, this program knows %d", b.Version, Version)
@@ -129,26 +184,23 @@ func (b *Body) Validate(h *Header) error {
 		if p.Name != s.Name {
 			return fmt.Errorf("service %d is %q, in the header it is %q", i, p.Name, s.Name)
 		}
-		if (len(p.Egress) > 0) != s.Egress {
-			return fmt.Errorf("service %q: egress in body and header differ", p.Name)
+		if err := p.Image.validate(); err != nil {
+			return fmt.Errorf("service %q: image: %w", p.Name, err)
 		}
 		if err := p.validate(h, s); err != nil {
 			return fmt.Errorf("service %q: %w", p.Name, err)
 		}
 	}
-	for _, c := range b.Certificates {
-		if !hasRoute(h, c.Host) {
+	for i, c := range b.Certificates {
+		if !slices.ContainsFunc(h.Routes, func(r Route) bool { return r.Host == c.Host }) {
 			return fmt.Errorf("certificate for %q, which is no route", c.Host)
+		}
+		if i > 0 && b.Certificates[i-1].Host >= c.Host {
+			return fmt.Errorf("certificates are not sorted by host, or %q is there twice", c.Host)
+		}
+		if len(c.Chain) == 0 || len(c.Key) == 0 {
+			return fmt.Errorf("certificate for %q has no chain or no key", c.Host)
 		}
 	}
 	return nil
-}
-
-func hasRoute(h *Header, host string) bool {
-	for _, r := range h.Routes {
-		if r.Host == host {
-			return true
-		}
-	}
-	return false
 }

@@ -1,10 +1,11 @@
 // Package contract is the document: what an account wants to run, as a public header and a sealed body, derived from a
-// Compose file. It parses, plans, validates, seals and opens; it does no I/O and knows no ledger and no machine.
+// Compose file. It parses, plans, validates, seals and opens; it knows no ledger and no machine, and the only thing that
+// it does to the world is that Load reads a Compose file and the files that this names.
 //
 // A header is public: resources, placement, routes, whether there is egress, and three commitments to the body. A body
 // holds images, environment, secrets and files; it is sealed with AES-256-GCM under a random key and kept off the
 // ledger, by the hash of its sealed bytes. AEADs do not commit to their key, so the header also carries salted
-// commitments to the plaintext and to the key; whoever approves or starts a revision recomputes all three (Open).
+// commitments to the plaintext and to the keys; whoever approves or starts a revision recomputes all three (Open).
 // The format is docs/formats/contract.md.
 package contract
 
@@ -16,6 +17,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"maps"
 
 	"holdfast/identity"
 	"holdfast/internal/canonical"
@@ -28,6 +30,7 @@ const Version = 1
 const (
 	MaxHeader      = 64 << 10
 	MaxBody        = 8 << 20 // plaintext; secrets and files are in it
+	MaxItems       = 1 << 16 // CBOR data items of a body, which bound the memory that it takes when it is read
 	MaxServices    = 64
 	MaxReplicas    = 32 // of one service
 	MaxWorkloads   = 128
@@ -36,6 +39,7 @@ const (
 	MaxRoutes      = 64
 	MaxConstraints = 64
 	MaxVolumeSize  = 64 << 30
+	MaxMounts      = 256 // volumes, tmpfs, configs and secrets of one service
 )
 
 type (
@@ -173,7 +177,7 @@ func (h *Header) Service(name string) (*Service, bool) {
 }
 
 // Keys opens one revision: the body's key, the salt of its commitments, and the secrets that live as long as the
-// contract.
+// contract. The header commits to all of them: a holder who hands them on cannot put others in their place.
 type Keys struct {
 	Body     [32]byte            `cbor:"1,keyasint"`
 	Salt     [32]byte            `cbor:"2,keyasint"`
@@ -182,7 +186,7 @@ type Keys struct {
 }
 
 // NewKeys makes the keys of a revision with those volumes and networks. Keys of volumes and networks that previous
-// already has are kept: the data outlives the revision.
+// already has are kept: the data outlives the revision. They seal one body: the next one has new ones.
 func NewKeys(h *Header, previous *Keys) *Keys {
 	k := &Keys{Volumes: map[string][32]byte{}, Networks: map[string][32]byte{}}
 	rand.Read(k.Body[:])
@@ -198,9 +202,7 @@ func NewKeys(h *Header, previous *Keys) *Keys {
 		previous = &Keys{}
 	}
 	// Those of dropped volumes stay too: dropping a volume by mistake must not lose its key.
-	for name, v := range previous.Volumes {
-		k.Volumes[name] = v
-	}
+	maps.Copy(k.Volumes, previous.Volumes)
 	for _, v := range h.Volumes {
 		keep(k.Volumes, previous.Volumes, v.Name)
 	}
@@ -210,61 +212,78 @@ func NewKeys(h *Header, previous *Keys) *Keys {
 	return k
 }
 
-// ErrBody is returned for a body that is not the one the header commits to.
+// ErrBody is returned for a body or keys that are not those that the header commits to.
 var ErrBody = errors.New("body is not the one that the header commits to")
 
 // Seal encrypts body and sets the header's three commitments to it.
 func Seal(h *Header, k *Keys, body *Body) ([]byte, error) {
-	plain := canonical.Encode(body)
-	if len(plain) > MaxBody {
-		return nil, fmt.Errorf("contract body has %d bytes, at most %d are allowed", len(plain), MaxBody)
+	plain, err := body.encode()
+	if err != nil {
+		return nil, err
+	}
+	if n := len(canonical.Encode(k)); n > MaxKeys {
+		return nil, fmt.Errorf("the keys of %d volumes, dropped ones among them, have %d bytes, at most %d are allowed: give volumes names that there were before, or make a new contract", len(k.Volumes), n, MaxKeys)
 	}
 	aead, err := bodyAEAD(k)
 	if err != nil {
 		return nil, err
 	}
 	// The key is random and used for this one message, so that the nonce may be constant.
-	sealed := aead.Seal(nil, make([]byte, aead.NonceSize()), plain, bodyLabel)
+	sealed := aead.Seal(nil, make([]byte, aead.NonceSize()), plain, []byte(bodyLabel))
 	h.SealedBody = sha256.Sum256(sealed)
 	h.SealedSize = uint32(len(sealed))
 	h.BodyCommitment = commitBody(k, plain)
-	h.KeyCommitment = commitKey(k)
+	h.KeyCommitment = commitKeys(k)
 	return sealed, nil
 }
 
 // Open checks all three commitments and returns the body.
 func Open(h *Header, k *Keys, sealed []byte) (*Body, error) {
-	if uint64(len(sealed)) != uint64(h.SealedSize) || len(sealed) > MaxBody+64 {
+	if len(sealed) > MaxBody+overhead || uint64(len(sealed)) != uint64(h.SealedSize) {
 		return nil, fmt.Errorf("%w: %d sealed bytes, the header says %d", ErrBody, len(sealed), h.SealedSize)
 	}
 	if sha256.Sum256(sealed) != h.SealedBody {
 		return nil, fmt.Errorf("%w: sealed bytes have another hash", ErrBody)
 	}
-	if c := commitKey(k); subtle.ConstantTimeCompare(c[:], h.KeyCommitment[:]) != 1 {
-		return nil, fmt.Errorf("%w: another key", ErrBody)
+	if c := commitKeys(k); subtle.ConstantTimeCompare(c[:], h.KeyCommitment[:]) != 1 {
+		return nil, fmt.Errorf("%w: other keys", ErrBody)
+	}
+	// A missing key would be read as one of zeros, that everybody knows.
+	for _, v := range h.Volumes {
+		if _, ok := k.Volumes[v.Name]; !ok {
+			return nil, fmt.Errorf("%w: no key for volume %q", ErrBody, v.Name)
+		}
+	}
+	for _, n := range h.Networks {
+		if _, ok := k.Networks[n]; !ok {
+			return nil, fmt.Errorf("%w: no secret for network %q", ErrBody, n)
+		}
 	}
 	aead, err := bodyAEAD(k)
 	if err != nil {
 		return nil, err
 	}
-	plain, err := aead.Open(nil, make([]byte, aead.NonceSize()), sealed, bodyLabel)
+	plain, err := aead.Open(nil, make([]byte, aead.NonceSize()), sealed, []byte(bodyLabel))
 	if err != nil {
 		return nil, fmt.Errorf("%w: it does not decrypt", ErrBody)
 	}
-	if commitBody(k, plain) != h.BodyCommitment {
+	if c := commitBody(k, plain); subtle.ConstantTimeCompare(c[:], h.BodyCommitment[:]) != 1 {
 		return nil, fmt.Errorf("%w: another plaintext", ErrBody)
 	}
-	var b Body
-	if err := canonical.Decode(plain, MaxBody, &b); err != nil {
-		return nil, fmt.Errorf("contract body: %w", err)
+	b, err := decodeBody(plain)
+	if err != nil {
+		return nil, err
 	}
 	if err := b.Validate(h); err != nil {
 		return nil, fmt.Errorf("contract body: %w", err)
 	}
-	return &b, nil
+	return b, nil
 }
 
-var bodyLabel = []byte("holdfast/body/v1")
+const (
+	bodyLabel = "holdfast/body/v1"
+	overhead  = 16 // AES-GCM's tag
+)
 
 func bodyAEAD(k *Keys) (cipher.AEAD, error) {
 	block, err := aes.NewCipher(k.Body[:])
@@ -278,8 +297,9 @@ func commitBody(k *Keys, plain []byte) [32]byte {
 	return canonical.Digest("holdfast/body-commitment/v1", k.Salt[:], plain)
 }
 
-func commitKey(k *Keys) [32]byte {
-	return canonical.Digest("holdfast/key-commitment/v1", k.Salt[:], k.Body[:])
+// commitKeys covers the salt too, since it is among the keys.
+func commitKeys(k *Keys) [32]byte {
+	return canonical.Digest("holdfast/key-commitment/v1", canonical.Encode(k))
 }
 
 // Recipient kinds of an Envelope.
@@ -296,8 +316,11 @@ type Envelope struct {
 	Sealed    []byte     `cbor:"4,keyasint" json:"-"`
 }
 
-// MaxEnvelope bounds the sealed keys.
-const MaxEnvelope = 16 << 10
+// MaxEnvelope bounds the sealed keys, MaxKeys their plaintext: HPKE adds some 1140 bytes.
+const (
+	MaxEnvelope = 16 << 10
+	MaxKeys     = 14 << 10
+)
 
 // SealEnvelope seals keys for a recipient's sealing key.
 func SealEnvelope(rev RevisionID, kind string, recipient [32]byte, to *identity.SealingKey, k *Keys) (*Envelope, error) {
@@ -311,12 +334,15 @@ func SealEnvelope(rev RevisionID, kind string, recipient [32]byte, to *identity.
 
 // Open returns the keys.
 func (e *Envelope) Open(key *identity.OpeningKey) (*Keys, error) {
+	if len(e.Sealed) > MaxEnvelope {
+		return nil, fmt.Errorf("envelope of %v: %d bytes, at most %d are allowed", e.Revision, len(e.Sealed), MaxEnvelope)
+	}
 	b, err := key.Open(e.info(), e.Sealed)
 	if err != nil {
 		return nil, fmt.Errorf("envelope of %v: %w", e.Revision, err)
 	}
 	var k Keys
-	if err := canonical.Decode(b, MaxEnvelope, &k); err != nil {
+	if err := canonical.Decode(b, MaxKeys, &k); err != nil {
 		return nil, fmt.Errorf("envelope of %v: %w", e.Revision, err)
 	}
 	return &k, nil

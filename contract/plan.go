@@ -1,13 +1,17 @@
 package contract
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 )
 
 // Plan is the difference between what a contract says now and what it would say.
@@ -38,6 +42,7 @@ func (p Plan) Text() string {
 	}
 	last := ""
 	for _, c := range p.Changes {
+		c.Service, c.What, c.Old, c.New = visible(c.Service), visible(c.What), visible(c.Old), visible(c.New)
 		if c.Service != last && c.Service != "" {
 			fmt.Fprintf(&b, "  service %s\n", c.Service)
 		}
@@ -50,28 +55,16 @@ func (p Plan) Text() string {
 		if c.Restarts && !p.Create {
 			note = "   (restarts)"
 		}
-		what, was, is := visible(c.What), visible(c.Old), visible(c.New)
 		switch {
-		case was == "":
-			fmt.Fprintf(&b, "%s+ %s: %s%s\n", indent, what, is, note)
-		case is == "":
-			fmt.Fprintf(&b, "%s- %s: %s%s\n", indent, what, was, note)
+		case c.Old == "":
+			fmt.Fprintf(&b, "%s+ %s: %s%s\n", indent, c.What, c.New, note)
+		case c.New == "":
+			fmt.Fprintf(&b, "%s- %s: %s%s\n", indent, c.What, c.Old, note)
 		default:
-			fmt.Fprintf(&b, "%s~ %s: %s → %s%s\n", indent, what, was, is, note)
+			fmt.Fprintf(&b, "%s~ %s: %s → %s%s\n", indent, c.What, c.Old, c.New, note)
 		}
 	}
 	return b.String()
-}
-
-// visible takes out what would move a terminal's cursor, end a line or turn the direction of writing: a file must not be
-// able to hide in the plan what it asks for.
-func visible(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsGraphic(r) {
-			return r
-		}
-		return unicode.ReplacementChar
-	}, s)
 }
 
 // Diff compares. A nil old is a contract that does not exist yet. Keys, salts, certificates and where blobs lie are not
@@ -86,15 +79,31 @@ func Diff(oldHeader *Header, oldBody *Body, newHeader *Header, newBody *Body) Pl
 			if x == y {
 				continue
 			}
-			p.Changes = append(p.Changes, Change{svc, k, x.shown(), y.shownAs(x), svc != "" && b != nil && !quiet(k)})
+			restarts := svc != "" && a != nil && b != nil && !quiet(k)
+			p.Changes = append(p.Changes, Change{svc, k, x.show, y.shownAs(x), restarts})
 		}
 	}
 	return p
 }
 
-// quiet are facts of a service that change without a restart.
+// quiet are facts of a service that change without a restart. Package node decides; its instance names hold the rest.
 func quiet(what string) bool {
-	return slices.Contains([]string{"replicas", "placement", "egress", "depends on", "restart", "exposed ports"}, what)
+	return slices.Contains([]string{"replicas", "placement", "egress", "depends on"}, what)
+}
+
+// visible writes out what would move a terminal's cursor, end a line or turn the direction of writing: a file must not be
+// able to hide in the plan what it asks for.
+func visible(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		if unicode.IsPrint(r) && r != utf8.RuneError {
+			b.WriteRune(r)
+			continue
+		}
+		q := strconv.QuoteRune(r)
+		b.WriteString(q[1 : len(q)-1])
+	}
+	return b.String()
 }
 
 // fact is a value, and what of it may be shown.
@@ -102,8 +111,6 @@ type fact struct {
 	value string
 	show  string
 }
-
-func (f fact) shown() string { return f.show }
 
 // shownAs tells apart two values that show the same.
 func (f fact) shownAs(old fact) string {
@@ -131,37 +138,46 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 	if h == nil || b == nil {
 		return out
 	}
-	add := func(svc, what, value string) {
-		if value == "" {
-			return
-		}
+	put := func(svc, what string, f fact) {
 		if out[svc] == nil {
 			out[svc] = map[string]fact{}
 		}
-		out[svc][what] = fact{value, value}
+		out[svc][what] = f
+	}
+	// exact is what is compared, where what is shown is rounded or cut.
+	add := func(svc, what, show string, exact ...any) {
+		switch {
+		case show == "":
+		case len(exact) == 0:
+			put(svc, what, fact{show, show})
+		default:
+			put(svc, what, fact{fmt.Sprint(exact...), show})
+		}
 	}
 	hide := func(svc, what string, value []byte, show string) {
-		if out[svc] == nil {
-			out[svc] = map[string]fact{}
-		}
 		sum := sha256.Sum256(value)
-		out[svc][what] = fact{hex.EncodeToString(sum[:]), show}
+		put(svc, what, fact{hex.EncodeToString(sum[:]), show})
 	}
 	for _, r := range h.Routes {
 		add("", "route "+r.Host, fmt.Sprintf("%s port %d", r.Service, r.Port))
 	}
 	for _, v := range h.Volumes {
-		add("", "volume "+v.Name, bytesText(v.Size))
+		add("", "volume "+v.Name, bytesText(v.Size), v.Size)
 	}
 	for i := range h.Services {
 		s, p := &h.Services[i], &b.Services[i]
-		add(s.Name, "image", imageText(&p.Image))
+		add(s.Name, "image", imageText(&p.Image), p.Image.Reference, " ", p.Image.Manifest)
 		add(s.Name, "replicas", fmt.Sprint(s.Replicas))
-		add(s.Name, "limits", fmt.Sprintf("%.3g cores, %s, %d processes", float64(s.CPUMilli)/1000, bytesText(s.Memory), s.Pids))
+		add(s.Name, "limits", fmt.Sprintf("%.3g cores, %s, %d processes", float64(s.CPUMilli)/1000, bytesText(s.Memory), s.Pids), s.CPUMilli, s.Memory, s.Pids)
 		add(s.Name, "placement", placementText(&s.Placement))
 		add(s.Name, "network", strings.Join(s.Networks, ", "))
-		add(s.Name, "entrypoint", quoted(p.Entrypoint))
-		add(s.Name, "command", quoted(p.Command))
+		args := func(what string, list []string) {
+			if len(list) > 0 {
+				hide(s.Name, what, []byte(strings.Join(list, "\x00")), quoted(list))
+			}
+		}
+		args("entrypoint", p.Entrypoint)
+		args("command", p.Command)
 		add(s.Name, "working directory", p.WorkingDir)
 		add(s.Name, "user", p.User)
 		add(s.Name, "host name", p.Hostname)
@@ -184,7 +200,7 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 			add(s.Name, "mount "+m.Target, "volume "+m.Volume+mode)
 		}
 		for _, t := range p.Tmpfs {
-			add(s.Name, "tmpfs "+t.Target, bytesText(max(t.Size, 1)))
+			add(s.Name, "tmpfs "+t.Target, bytesText(cmp.Or(t.Size, DefaultTmpfs)), cmp.Or(t.Size, DefaultTmpfs))
 		}
 		for _, f := range p.Files {
 			kind := "config"
@@ -195,14 +211,15 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 		}
 		for _, e := range p.Environment {
 			k, v, _ := strings.Cut(e, "=")
-			if secretName(k) || strings.Contains(v, "://") && strings.Contains(v, "@") {
+			if secretName(k) || secretValue(v) {
 				hide(s.Name, "environment "+k, []byte(v), "(hidden)")
 				continue
 			}
 			add(s.Name, "environment "+k, fmt.Sprintf("%q", v))
 		}
-		if p.Health != nil {
-			add(s.Name, "healthcheck", fmt.Sprintf("%s every %v, time-out %v, %d retries, start period %v", quoted(p.Health.Test), p.Health.Interval, p.Health.Timeout, p.Health.Retries, p.Health.StartPeriod))
+		if c := p.Health; c != nil {
+			args("healthcheck", c.Test)
+			add(s.Name, "healthcheck times", healthText(c))
 		}
 		var deps, out, ports []string
 		for _, d := range p.DependsOn {
@@ -210,11 +227,7 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 		}
 		add(s.Name, "depends on", strings.Join(deps, ", "))
 		for _, e := range p.Egress {
-			t := e.Proto + " " + e.Prefix
-			if e.Port > 0 {
-				t += fmt.Sprintf(" port %d", e.Port)
-			}
-			out = append(out, t)
+			out = append(out, e.String())
 		}
 		add(s.Name, "egress", strings.Join(out, ", "))
 		for _, x := range p.Expose {
@@ -237,6 +250,14 @@ func secretName(k string) bool {
 		}
 	}
 	return false
+}
+
+// userinfo is a password in a URL.
+var userinfo = regexp.MustCompile(`://[^/\s@]*:[^/\s@]+@`)
+
+// secretValue guesses from a value whether it must not be shown.
+func secretValue(v string) bool {
+	return userinfo.MatchString(v) || strings.Contains(v, "PRIVATE KEY-----")
 }
 
 func imageText(i *Image) string {
@@ -268,18 +289,35 @@ func restartText(p *Process) string {
 	return p.Restart
 }
 
+// quoted shows arguments, without the values of those that are named like secrets.
 func quoted(args []string) string {
-	if args == nil {
-		return ""
-	}
 	q := make([]string, len(args))
+	hide := false
 	for i, a := range args {
-		q[i] = a
-		if a == "" || strings.ContainsAny(a, " \t\n\"'") {
-			q[i] = fmt.Sprintf("%q", a)
+		name, v, assigned := strings.Cut(a, "=")
+		switch {
+		case hide && !strings.HasPrefix(a, "-"):
+			a = "(hidden)"
+		case assigned && v != "" && !strings.ContainsAny(name, " \t\n") && secretName(name):
+			a = name + "=(hidden)"
+		case secretValue(a):
+			a = "(hidden)"
+		case a == "" || strings.ContainsAny(a, " \t\n\"'"):
+			a = strconv.Quote(a)
 		}
+		hide = strings.HasPrefix(args[i], "-") && !assigned && secretName(name)
+		q[i] = a
 	}
 	return "[" + strings.Join(q, " ") + "]"
+}
+
+// healthText shows the defaults where a check says nothing.
+func healthText(c *Healthcheck) string {
+	s := fmt.Sprintf("every %v, time-out %v, %d retries", cmp.Or(c.Interval, DefaultInterval), cmp.Or(c.Timeout, DefaultInterval), cmp.Or(c.Retries, DefaultRetries))
+	if c.StartPeriod > 0 {
+		s += fmt.Sprintf(", start period %v", c.StartPeriod)
+	}
+	return s
 }
 
 func bytesText(n uint64) string {

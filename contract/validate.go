@@ -3,9 +3,11 @@ package contract
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"holdfast/identity"
 )
@@ -29,6 +31,16 @@ func validName(kind, s string) error {
 		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && (!inner || (c != '-' && c != '_')) {
 			return fmt.Errorf("%s name %q: only a-z, 0-9 and inner - and _ are allowed", kind, s)
 		}
+	}
+	return nil
+}
+
+func validContractName(s string) error {
+	if err := validName("contract", s); err != nil {
+		return err
+	}
+	if strings.Contains(s, "_") {
+		return fmt.Errorf("contract name %q is part of host names: use - instead of _", s)
 	}
 	return nil
 }
@@ -78,7 +90,7 @@ func names(kind string, list []string, limit int) error {
 	return nil
 }
 
-// Validate checks everything that a header says by itself.
+// Validate checks everything that a header says by itself. It is cheap: validators call it on whatever comes in.
 func (h *Header) Validate() error {
 	if h.Version != Version {
 		return fmt.Errorf("version %d is not known, this program knows %d", h.Version, Version)
@@ -86,11 +98,8 @@ func (h *Header) Validate() error {
 	if h.Grid.IsZero() || h.Account.IsZero() {
 		return errors.New("grid or account is missing")
 	}
-	if err := validName("contract", h.Name); err != nil {
+	if err := validContractName(h.Name); err != nil {
 		return err
-	}
-	if strings.Contains(h.Name, "_") {
-		return fmt.Errorf("contract name %q is part of host names: use - instead of _", h.Name)
 	}
 	first := h.Revision == 1
 	switch {
@@ -100,8 +109,8 @@ func (h *Header) Validate() error {
 		return errors.New("revision 1 has no contract and no previous revision: it makes them")
 	case !first && (h.Contract.IsZero() || h.Previous.IsZero()):
 		return fmt.Errorf("revision %d names no contract or no previous revision", h.Revision)
-	case h.SealedSize == 0 || h.SealedSize > MaxBody+64:
-		return fmt.Errorf("sealed body of %d bytes", h.SealedSize)
+	case h.SealedSize <= overhead || h.SealedSize > MaxBody+overhead:
+		return fmt.Errorf("sealed body of %d bytes, %d to %d are allowed", h.SealedSize, overhead+1, MaxBody+overhead)
 	case len(h.Services) == 0 || len(h.Services) > MaxServices:
 		return fmt.Errorf("%d services, 1 to %d are allowed", len(h.Services), MaxServices)
 	case len(h.Volumes) > MaxVolumes:
@@ -123,7 +132,7 @@ func (h *Header) Validate() error {
 		return err
 	}
 	services := make([]string, len(h.Services))
-	owner := map[string]string{}
+	owner, joined := map[string]string{}, map[string]bool{}
 	total := 0
 	for i := range h.Services {
 		s := &h.Services[i]
@@ -137,6 +146,17 @@ func (h *Header) Validate() error {
 				return fmt.Errorf("volume %q is used by services %q and %q: a volume belongs to one service", v, other, s.Name)
 			}
 			owner[v] = s.Name
+		}
+		joined[s.Networks[0]] = true
+	}
+	for _, v := range volumes {
+		if owner[v] == "" {
+			return fmt.Errorf("volume %q is used by no service", v)
+		}
+	}
+	for _, n := range h.Networks {
+		if !joined[n] {
+			return fmt.Errorf("network %q is used by no service", n)
 		}
 	}
 	if err := names("service", services, MaxServices); err != nil {
@@ -177,18 +197,10 @@ func (s *Service) validate(h *Header) error {
 		return fmt.Errorf("%d processes, 1 to %d are allowed", s.Pids, MaxPids)
 	case len(s.Volumes) > 0 && s.Replicas > 1:
 		return fmt.Errorf("it has a volume and %d replicas: a volume belongs to one replica", s.Replicas)
-	case len(s.Networks) > 1:
-		return fmt.Errorf("it is on %d networks, one is allowed", len(s.Networks))
-	}
-	for kind, list := range map[string][2][]string{"network": {s.Networks, h.Networks}} {
-		if err := names(kind, list[0], MaxNetworks); err != nil {
-			return err
-		}
-		for _, n := range list[0] {
-			if !slices.Contains(list[1], n) {
-				return fmt.Errorf("%s %q is not there", kind, n)
-			}
-		}
+	case len(s.Networks) != 1:
+		return fmt.Errorf("it is on %d networks, exactly one is needed", len(s.Networks))
+	case !slices.Contains(h.Networks, s.Networks[0]):
+		return fmt.Errorf("network %q is not there", s.Networks[0])
 	}
 	if err := names("volume", s.Volumes, MaxVolumes); err != nil {
 		return err
@@ -208,42 +220,242 @@ func (s *Service) validate(h *Header) error {
 	return names("node", p.Nodes, MaxConstraints)
 }
 
+// sorted checks that a list has each entry once, in order, so that one set has one encoding and a plan shows all of it.
+func sorted[T any](kind string, list []T, key func(T) string) error {
+	for i := range list {
+		if i > 0 && key(list[i-1]) >= key(list[i]) {
+			return fmt.Errorf("%s entries are not sorted, or %q is there twice", kind, key(list[i]))
+		}
+	}
+	return nil
+}
+
+func itself(s string) string { return s }
+
+// text refuses what no argument of a process can hold.
+func text(kind string, list ...string) error {
+	for _, s := range list {
+		if strings.ContainsRune(s, 0) {
+			return fmt.Errorf("%s holds a zero byte", kind)
+		}
+	}
+	return nil
+}
+
+func validDigest(d string) error {
+	hex, ok := strings.CutPrefix(d, "sha256:")
+	if !ok || len(hex) != 64 || strings.Trim(hex, "0123456789abcdef") != "" {
+		return fmt.Errorf("%q is not a sha256 digest", d)
+	}
+	return nil
+}
+
+func (i *Image) validate() error {
+	if err := validDigest(i.Manifest); err != nil {
+		return err
+	}
+	have := map[string]bool{}
+	for _, b := range i.Blobs {
+		if err := validDigest(b.Digest); err != nil {
+			return err
+		}
+		if have[b.Digest] {
+			return fmt.Errorf("blob %s is there twice", b.Digest)
+		}
+		have[b.Digest] = true
+	}
+	if !have[i.Manifest] {
+		return errors.New("its manifest is not among its blobs")
+	}
+	return nil
+}
+
+// validTarget says where a mount may lie: not over what the node itself puts into every sandbox.
+func validTarget(t string) error {
+	switch {
+	case !path.IsAbs(t) || path.Clean(t) != t || t == "/" || strings.ContainsRune(t, 0):
+		return fmt.Errorf("path %q is not a clean absolute path", t)
+	case t == "/etc/hosts" || t == "/etc/resolv.conf" || t == "/etc/hostname":
+		return fmt.Errorf("%s is written by the node", t)
+	}
+	for _, d := range []string{"/proc", "/sys", "/dev"} {
+		if (t == d || strings.HasPrefix(t, d+"/")) && t != "/dev/shm" {
+			return fmt.Errorf("nothing can be mounted at %s: %s is the sandbox's own", t, d)
+		}
+	}
+	return nil
+}
+
+// validCap accepts the capabilities that mean something in a sandbox (package sandbox has the same list), named without
+// CAP_.
+func validCap(c string, drop bool) error {
+	switch c {
+	case "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+		"NET_RAW", "NET_ADMIN", "MKNOD", "SYS_PTRACE", "SYS_NICE", "SYS_ADMIN", "SYS_TIME", "SYS_RESOURCE", "AUDIT_WRITE", "IPC_LOCK",
+		"LEASE", "DAC_READ_SEARCH", "LINUX_IMMUTABLE":
+		return nil
+	case "ALL":
+		if !drop {
+			return errors.New("capability ALL cannot be added: name those that are needed")
+		}
+		return nil
+	}
+	return fmt.Errorf("capability %q is not known in a sandbox", c)
+}
+
+// validSignal accepts what ends a process or tells it something.
+func validSignal(s string) error {
+	switch s {
+	case "", "SIGTERM", "SIGINT", "SIGQUIT", "SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGABRT", "SIGALRM", "SIGPWR":
+		return nil
+	}
+	return fmt.Errorf("stop signal %q is not known: write a name like SIGTERM, SIGINT or SIGQUIT", s)
+}
+
+// Bounds of times in a body.
+const (
+	maxGrace    = time.Hour
+	maxInterval = 24 * time.Hour
+)
+
+// validate checks everything of a process but its image.
 func (p *Process) validate(h *Header, s *Service) error {
-	digest := func(d string) error {
-		hex, ok := strings.CutPrefix(d, "sha256:")
-		if !ok || len(hex) != 64 || strings.Trim(hex, "0123456789abcdef") != "" {
-			return fmt.Errorf("%q is not a sha256 digest", d)
+	if (len(p.Egress) > 0) != s.Egress {
+		return errors.New("egress in body and header differ")
+	}
+	if err := errors.Join(
+		text("entrypoint", p.Entrypoint...), text("command", p.Command...), text("user", p.User), text("environment", p.Environment...),
+		sorted("capability", p.CapAdd, itself), sorted("capability", p.CapDrop, itself), validSignal(p.StopSignal),
+	); err != nil {
+		return err
+	}
+	for _, e := range p.Environment {
+		if k, _, ok := strings.Cut(e, "="); !ok || k == "" {
+			return errors.New("an environment entry is not KEY=value")
 		}
+	}
+	if err := sorted("environment", p.Environment, func(e string) string { k, _, _ := strings.Cut(e, "="); return k }); err != nil {
+		return err
+	}
+	if w := p.WorkingDir; w != "" && (!path.IsAbs(w) || path.Clean(w) != w || strings.ContainsRune(w, 0)) {
+		return fmt.Errorf("working directory %q is not a clean absolute path", w)
+	}
+	for _, c := range p.CapAdd {
+		if err := validCap(c, false); err != nil {
+			return err
+		}
+	}
+	for _, c := range p.CapDrop {
+		if err := validCap(c, true); err != nil {
+			return err
+		}
+	}
+	if err := p.validateMounts(s); err != nil {
+		return err
+	}
+	if c := p.Health; c != nil {
+		if len(c.Test) == 0 {
+			return errors.New("healthcheck has no command")
+		}
+		if err := text("healthcheck", c.Test...); err != nil {
+			return err
+		}
+		for _, d := range []time.Duration{c.Interval, c.Timeout, c.StartPeriod} {
+			if d < 0 || d > maxInterval {
+				return fmt.Errorf("healthcheck time of %v, 0 to %v are allowed", d, maxInterval)
+			}
+		}
+	}
+	for _, d := range p.DependsOn {
+		if _, ok := h.Service(d.Service); !ok || d.Service == p.Name {
+			return fmt.Errorf("it depends on %q, which is not there", d.Service)
+		}
+		if d.Condition != Started && d.Condition != Healthy && d.Condition != Completed {
+			return fmt.Errorf("condition %q is not known", d.Condition)
+		}
+	}
+	if err := sorted("dependency", p.DependsOn, func(d Dependency) string { return d.Service }); err != nil {
+		return err
+	}
+	switch p.Restart {
+	case "", "always", "on-failure", "no", "unless-stopped":
+	default:
+		return fmt.Errorf("restart %q: it can be no, always, on-failure or unless-stopped", p.Restart)
+	}
+	if p.MaxRetries > 0 && p.Restart != "on-failure" {
+		return fmt.Errorf("restart %q with a number of retries: only on-failure has one", p.Restart)
+	}
+	if p.StopGrace < 0 || p.StopGrace > maxGrace {
+		return fmt.Errorf("stop grace of %v, 0 to %v are allowed", p.StopGrace, maxGrace)
+	}
+	for _, e := range p.Egress {
+		pre, err := netip.ParsePrefix(e.Prefix)
+		if err != nil || pre.Masked().String() != e.Prefix || pre.Addr().Is4In6() || e.Proto != "tcp" && e.Proto != "udp" {
+			return fmt.Errorf("egress %s %q is not a protocol and a prefix", e.Proto, e.Prefix)
+		}
+	}
+	if err := sorted("egress", p.Egress, Egress.String); err != nil {
+		return err
+	}
+	for i, x := range p.Expose {
+		if x == 0 || i > 0 && p.Expose[i-1] >= x {
+			return errors.New("exposed ports are not sorted, or one is there twice or 0")
+		}
+	}
+	if p.Hostname != "" {
+		if err := validAlias(p.Hostname); err != nil {
+			return err
+		}
+	}
+	for _, a := range p.Aliases {
+		if err := validAlias(a); err != nil {
+			return err
+		}
+	}
+	return sorted("alias", p.Aliases, itself)
+}
+
+// validAlias accepts what can be resolved inside a network: a name like a service's, or a host name.
+func validAlias(a string) error {
+	if validName("alias", a) == nil {
 		return nil
 	}
-	if err := digest(p.Image.Manifest); err != nil {
-		return fmt.Errorf("image: %w", err)
+	return validHost(a)
+}
+
+func (p *Process) validateMounts(s *Service) error {
+	if n := len(p.Mounts) + len(p.Tmpfs) + len(p.Files); n > MaxMounts {
+		return fmt.Errorf("%d volumes, tmpfs, configs and secrets, at most %d are allowed", n, MaxMounts)
 	}
-	for _, b := range p.Image.Blobs {
-		if err := digest(b.Digest); err != nil {
-			return fmt.Errorf("image: %w", err)
-		}
-	}
-	if !slices.ContainsFunc(p.Image.Blobs, func(b Blob) bool { return b.Digest == p.Image.Manifest }) {
-		return errors.New("image: its manifest is not among its blobs")
-	}
+	taken := map[string]bool{}
 	target := func(t string) error {
-		if !path.IsAbs(t) || path.Clean(t) != t || t == "/" || strings.ContainsRune(t, 0) {
-			return fmt.Errorf("path %q is not a clean absolute path", t)
+		if taken[t] {
+			return fmt.Errorf("two things are mounted at %s", t)
 		}
-		return nil
+		taken[t] = true
+		return validTarget(t)
 	}
+	mounted := map[string]bool{}
 	for _, m := range p.Mounts {
 		if !slices.Contains(s.Volumes, m.Volume) {
 			return fmt.Errorf("mount of volume %q, which the header does not give it", m.Volume)
 		}
+		mounted[m.Volume] = true
 		if err := target(m.Target); err != nil {
 			return err
+		}
+	}
+	for _, v := range s.Volumes {
+		if !mounted[v] {
+			return fmt.Errorf("volume %q is not mounted", v)
 		}
 	}
 	for _, t := range p.Tmpfs {
 		if err := target(t.Target); err != nil {
 			return err
+		}
+		if t.Size > MaxMemory {
+			return fmt.Errorf("tmpfs %s of %d bytes, at most %d are allowed", t.Target, t.Size, int64(MaxMemory))
 		}
 	}
 	for _, f := range p.Files {
@@ -251,23 +463,14 @@ func (p *Process) validate(h *Header, s *Service) error {
 			return err
 		}
 		if f.Mode&^0o777 != 0 {
-			return fmt.Errorf("file %q has mode %#o", f.Target, f.Mode)
+			return fmt.Errorf("file %s has mode %#o", f.Target, f.Mode)
 		}
 	}
-	for _, e := range p.Environment {
-		if k, _, ok := strings.Cut(e, "="); !ok || k == "" || strings.ContainsRune(e, 0) {
-			return errors.New("an environment entry is not KEY=value")
-		}
-	}
-	for _, d := range p.DependsOn {
-		if _, ok := h.Service(d.Service); !ok {
-			return fmt.Errorf("it depends on %q, which is not there", d.Service)
-		}
-		if d.Condition != Started && d.Condition != Healthy && d.Condition != Completed {
-			return fmt.Errorf("condition %q is not known", d.Condition)
-		}
-	}
-	return nil
+	return errors.Join(
+		sorted("volume", p.Mounts, func(m Mount) string { return m.Target }),
+		sorted("tmpfs", p.Tmpfs, func(t Tmpfs) string { return t.Target }),
+		sorted("file", p.Files, func(f File) string { return f.Target }),
+	)
 }
 
 // ParseWorkloadID reads the text form of a WorkloadID.
