@@ -284,7 +284,15 @@ func listenable(addr, dir string) error {
 func attempt() trial {
 	done := make(chan trial)
 	go func() {
-		runtime.LockOSThread() // for ever: the thread, and all that is made here, end with this goroutine
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread cannot end. It is held while another goroutine, which cannot get it, does the work.
+			t := attempt()
+			runtime.UnlockOSThread()
+			done <- t
+			return
+		}
+		// Locked for ever: the thread, and all that is made here, end with this goroutine.
 		var t trial
 		defer func() { done <- t }()
 		if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC); err != nil {
