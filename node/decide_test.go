@@ -94,6 +94,7 @@ func TestInstanceNamesEverythingThatNeedsARestart(t *testing.T) {
 		"replicas":     func(w *Workload) { w.Limits.Replicas = 5 },
 		"placement":    func(w *Workload) { w.Limits.Placement.Spread = "farm" },
 		"dependencies": func(w *Workload) { w.Process.DependsOn = nil },
+		"egress":       func(w *Workload) { w.Process.Egress, w.Limits.Egress = []contract.Egress{{Proto: "tcp"}}, true },
 		"revision":     func(w *Workload) { w.Revision = 9 },
 	} {
 		w := base()
