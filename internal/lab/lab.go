@@ -294,3 +294,17 @@ func Search(dir, marker string) ([]string, error) {
 	})
 	return found, err
 }
+
+// node returns one of status's nodes by name.
+func (l *Lab) node(name string) Node {
+	s, err := l.Status()
+	if err != nil {
+		return Node{}
+	}
+	for _, n := range s.Nodes {
+		if n.Name == name {
+			return n
+		}
+	}
+	return Node{}
+}

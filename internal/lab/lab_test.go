@@ -5,14 +5,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"holdfast/internal/box"
 
@@ -93,6 +90,9 @@ func TestGrid(t *testing.T) {
 		{"6 a lost node's work moves, and a volume's waits", lostNode},
 		{"6 validator and gateway come back", killedServers},
 		{"6 everything at once", everything},
+		{"4 a tampered image starts nothing", tampered},
+		{"PocketBase keeps what it is told", pocketBase},
+		{"2 the reader is served from nodes that nobody can listen to", reader},
 		{"logs reach the owner and nobody else", logs},
 		{"a cancelled contract ends", cancelled},
 	} {
@@ -131,103 +131,9 @@ func again(t *testing.T, l *Lab) {
 	}
 }
 
-var openPort = regexp.MustCompile(`(?m)^(\d+)/(tcp|udp)\s+(open|closed|unfiltered)\s`)
-
-// scan runs a full port scan and returns what answered, as "443/tcp open".
-func scan(t *testing.T, from box.Box, target netip.Addr, udp bool) []string {
-	t.Helper()
-	args := []string{"nmap", "-n", "-Pn", "-p-", "--min-rate", "20000", "--max-retries", "1"}
-	if udp {
-		args = append(args, "-sU")
-	} else {
-		args = append(args, "-sS")
-	}
-	if target.Is6() {
-		args = append(args, "-6")
-	}
-	out, err := In(from, append(args, target.String())...)
-	if err != nil || !strings.Contains(out, "1 host up") {
-		t.Fatalf("nmap %v: %v\n%s", target, err, out)
-	}
-	var found []string
-	for _, m := range openPort.FindAllStringSubmatch(out, -1) {
-		found = append(found, m[1]+"/"+m[2]+" "+m[3])
-	}
-	return found
-}
-
-func scans(t *testing.T, l *Lab) {
-	outside, lan := l.Box("outside"), l.Attacker(1, 13)
-	top := l.Topology()
-	addr := func(segment int, v6 bool) netip.Addr {
-		a := top.Addresses(box.Uplink{Segment: segment, Host: 2})
-		if v6 {
-			return a[0].Addr()
-		}
-		return a[1].Addr()
-	}
-	// The control comes first: the same scan finds what is there, on machines that serve.
-	if got := scan(t, outside, addr(10, true), false); !onlyOpen(got, "443/tcp open") {
-		t.Errorf("the gateway shows %v, want port 443 and nothing else", got)
-	}
-	if got := scan(t, outside, addr(11, true), false); !onlyOpen(got, "8441/tcp open", "26656/tcp open") {
-		t.Errorf("the validator shows %v, want its two ports and nothing else", got)
-	}
-	for n := 1; n <= 3; n++ {
-		for _, udp := range []bool{false, true} {
-			if got := scan(t, outside, addr(n, true), udp); len(got) > 0 {
-				t.Errorf("node-%d shows %v to the outside", n, got)
-			}
-		}
-	}
-	for _, v6 := range []bool{false, true} {
-		for _, udp := range []bool{false, true} {
-			if got := scan(t, lan, addr(1, v6), udp); len(got) > 0 {
-				t.Errorf("node-1 shows %v to its farm's LAN (IPv6: %v)", got, v6)
-			}
-		}
-	}
-	// A listener planted on the node itself is behind the firewall too.
-	b := l.Box("node-1")
-	err := box.Within(b.NetNS(), func() error {
-		ln, err := net.Listen("tcp", "[::]:7777")
-		if err != nil {
-			return err
-		}
-		t.Cleanup(func() { ln.Close() })
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := scan(t, lan, addr(1, true), false); len(got) > 0 {
-		t.Errorf("a planted listener is reachable: %v", got)
-	}
-}
-
-// onlyOpen reports whether exactly these ports are open; closed ones may answer, since that shows no service.
-func onlyOpen(got []string, want ...string) bool {
-	var open []string
-	for _, g := range got {
-		if strings.HasSuffix(g, " open") {
-			open = append(open, g)
-		}
-	}
-	slices.Sort(open)
-	slices.Sort(want)
-	return slices.Equal(open, want)
-}
-
+// wire moves a marker between nodes and through the gateway.
 func wire(t *testing.T, l *Lab) {
-	pcap := filepath.Join(t.TempDir(), "pcap")
-	cmd := exec.Command("nsenter", "--net="+l.Box("internet").NetNS(), "tcpdump", "-i", "any", "-s", "0", "-U", "-w", pcap)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { cmd.Process.Signal(unix.SIGTERM); cmd.Wait() }()
-	l.Until("the capture", func() bool { _, err := os.Stat(pcap); return err == nil })
-	captured := func() string { b, _ := os.ReadFile(pcap); return string(b) }
-	time.Sleep(500 * time.Millisecond) // tcpdump has made its file, now it must listen
+	captured := l.Capture()
 	if out, err := l.Curl("db.localhost", "/file?path=/tmp/wire", "--data-binary", strings.Repeat(wireMarker+" ", 200)); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
@@ -236,29 +142,7 @@ func wire(t *testing.T, l *Lab) {
 			t.Fatalf("the marker was not sent: %q", got)
 		}
 	}
-	l.Until("captured packets", func() bool { return len(captured()) > 20_000 })
-	for form, m := range Forms(wireMarker) {
-		if strings.Contains(captured(), string(m)) {
-			t.Errorf("the capture shows the marker (%s)", form)
-		}
-	}
-	// The control: on a plain connection across the same wire the same capture shows it.
-	top := l.Topology()
-	to := netip.AddrPortFrom(top.Addresses(box.Uplink{Segment: 12, Host: 2})[0].Addr(), 9)
-	lan := l.Attacker(2, 13)
-	err := box.Within(lan.NetNS(), func() error {
-		c, err := net.Dial("udp", to.String())
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		_, err = c.Write([]byte(wireMarker))
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Until("the marker on a plain link", func() bool { return strings.Contains(captured(), wireMarker) })
+	l.hidden(captured)
 }
 
 func reach(t *testing.T, l *Lab) {

@@ -105,16 +105,16 @@ func ServerBinary(dir string) ([]byte, error) {
 	return os.ReadFile(out)
 }
 
-// Server is the test server's image.
-func Server(dir string) (*Image, error) {
+// Server is the test server's image, with more layers on top.
+func Server(dir string, more ...[]byte) (*Image, error) {
 	bin, err := ServerBinary(dir)
 	if err != nil {
 		return nil, err
 	}
-	return New(ocispec.ImageConfig{Entrypoint: []string{"/server"}, WorkingDir: "/", Env: []string{"GREETING=image"}},
-		Layer(Entry{Header: tar.Header{Name: "server"}, Data: bin}, Entry{Header: tar.Header{Name: "etc/", Typeflag: tar.TypeDir}},
-			Entry{Header: tar.Header{Name: "etc/passwd", Mode: 0o644}, Data: []byte("root:x:0:0::/:/\nuser:x:1000:1000::/:/\n")},
-			Entry{Header: tar.Header{Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o1777}})), nil
+	base := Layer(Entry{Header: tar.Header{Name: "server"}, Data: bin}, Entry{Header: tar.Header{Name: "etc/", Typeflag: tar.TypeDir}},
+		Entry{Header: tar.Header{Name: "etc/passwd", Mode: 0o644}, Data: []byte("root:x:0:0::/:/\nuser:x:1000:1000::/:/\n")},
+		Entry{Header: tar.Header{Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o1777}})
+	return New(ocispec.ImageConfig{Entrypoint: []string{"/server"}, WorkingDir: "/", Env: []string{"GREETING=image"}}, append([][]byte{base}, more...)...), nil
 }
 
 // WriteLayout writes the image as an OCI layout into dir.
