@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,6 +38,9 @@ func TestEveryCommandIsExplained(t *testing.T) {
 	}
 }
 
+// bareFlag is the line of a flag without usage: nothing follows its name and type.
+var bareFlag = regexp.MustCompile(`^ *(?:-\w, )?--([a-z0-9-]+)(?: \S+)?\s*$`)
+
 func unexplained(c *cobra.Command) (out []string) {
 	say := func(format string, args ...any) { out = append(out, c.CommandPath()+": "+fmt.Sprintf(format, args...)) }
 	if c.Short == "" {
@@ -57,11 +59,11 @@ func unexplained(c *cobra.Command) (out []string) {
 	if !c.Runnable() {
 		say("it does nothing")
 	}
-	c.LocalFlags().VisitAll(func(f *pflag.Flag) {
-		if f.Usage == "" {
-			say("--%s has no usage", f.Name)
+	for line := range strings.Lines(c.LocalFlags().FlagUsages()) { // "  -y, --yes   do not ask"
+		if m := bareFlag.FindStringSubmatch(line); m != nil {
+			say("--%s has no usage", m[1])
 		}
-	})
+	}
 	for _, sub := range c.Commands() {
 		if sub.Name() == "completion" {
 			continue // cobra's own, but for the examples
