@@ -14,12 +14,14 @@ import (
 // tableName is our table's, in NET as in the node's own namespace.
 const tableName = "holdfast"
 
-// A ruleset is one table under construction. Every apply replaces the whole table in one transaction, so that there is
-// no moment without rules and no difference between a first and a repeated run.
+// A ruleset is one table under construction. Every apply replaces its content in one transaction, so that there is no moment
+// without rules and no difference between a first and a repeated run. The table and its chains stay: where the kernel takes
+// one chain off a hook and puts another on it, packets get past between the two.
 type ruleset struct {
-	conn  *nftables.Conn
-	table *nftables.Table
-	sets  uint32
+	chains map[string]bool // those that belong
+	conn   *nftables.Conn
+	table  *nftables.Table
+	sets   uint32
 }
 
 // set adds a set. Its ID is unique in the transaction, as it must be; the library would count in a global without a lock.
@@ -32,18 +34,29 @@ func (r *ruleset) set(s *nftables.Set, elements []nftables.SetElement) error {
 	return nil
 }
 
-// replaceTable builds our table anew in the thread's namespace.
+// replaceTable fills our table anew in the thread's namespace.
 func replaceTable(build func(*ruleset) error) error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
 	table := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
-	conn.AddTable(table) // so that deleting it cannot miss
-	conn.DelTable(table)
-	r := &ruleset{conn: conn, table: conn.AddTable(table)}
+	chains, sets, err := contents(conn, table)
+	if err != nil {
+		return fmt.Errorf("read nftables rules: %w", err)
+	}
+	r := &ruleset{conn: conn, table: conn.AddTable(table), chains: map[string]bool{}}
+	conn.FlushTable(table)
+	for _, s := range sets {
+		conn.DelSet(s)
+	}
 	if err := build(r); err != nil {
 		return err
+	}
+	for _, c := range chains {
+		if !r.chains[c.Name] {
+			conn.DelChain(c)
+		}
 	}
 	if err := conn.Flush(); err != nil {
 		return fmt.Errorf("apply nftables rules: %w", err)
@@ -51,7 +64,30 @@ func replaceTable(build func(*ruleset) error) error {
 	return nil
 }
 
+// contents lists what our table has.
+func contents(conn *nftables.Conn, table *nftables.Table) (chains []*nftables.Chain, sets []*nftables.Set, err error) {
+	tables, err := conn.ListTablesOfFamily(table.Family)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == table.Name }) {
+		return nil, nil, nil
+	}
+	all, err := conn.ListChainsOfTableFamily(table.Family)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, c := range all {
+		if c.Table.Name == table.Name {
+			chains = append(chains, c)
+		}
+	}
+	sets, err = conn.GetSets(table)
+	return chains, sets, err
+}
+
 func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority, policy nftables.ChainPolicy) func(parts ...[]expr.Any) {
+	r.chains[name] = true
 	chain := r.conn.AddChain(&nftables.Chain{Name: name, Table: r.table, Type: kind, Hooknum: hook, Priority: priority, Policy: &policy})
 	return func(parts ...[]expr.Any) {
 		r.conn.AddRule(&nftables.Rule{Table: r.table, Chain: chain, Exprs: slices.Concat(parts...)})

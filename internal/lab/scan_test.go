@@ -4,8 +4,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -22,7 +24,7 @@ const (
 	closed = "closed" // a reset or an ICMP error: somebody is there
 )
 
-// scan sends one probe to every port of a target, twice, and returns every port that answered anything. Whatever else
+// scan sends one probe to every port of a target and returns every port that answered anything. Whatever else
 // comes from the target, neighbour discovery aside, is in answers[0]: a machine that shows nothing has no answers at all.
 // A stranger's machine sees what it receives, so nothing that the kernel drops is missed.
 func scan(from box.Box, target netip.Addr, udp bool) (answers map[uint16]string, err error) {
@@ -97,9 +99,9 @@ func scan(from box.Box, target netip.Addr, udp bool) (answers map[uint16]string,
 	if target.Is6() {
 		to = &unix.SockaddrInet6{Addr: target.As16()}
 	}
-	const pace = 60_000 // a second: faster, and queues on the way overflow
+	const pace = 50_000 // a second: faster, and queues on the way overflow
 	begin := time.Now()
-	for i := range 2 * 65536 {
+	for i := range 65536 {
 		port := uint16(i * 7919) // every port once in 65536, in no order
 		err := unix.Sendto(send, probe(source, target, port, udp), 0, to)
 		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EHOSTUNREACH) {
@@ -237,31 +239,56 @@ func scans(t *testing.T, l *Lab) {
 		}
 	}
 	for _, x := range targets {
+		var both errgroup.Group // IPv6 and IPv4 at once
 		for _, p := range top.Addresses(x.host) {
-			for _, udp := range []bool{false, true} {
-				got, err := scan(x.from, p.Addr(), udp)
-				if err != nil {
-					t.Fatal(err)
-				}
-				want := x.tcp
-				if udp {
-					want = x.udp
-				}
-				if x.silent && len(got) > 0 {
-					t.Errorf("%s (%v, UDP: %v) answers: %v", x.name, p.Addr(), udp, got)
-				}
-				for _, port := range want {
-					if got[port] != open {
-						t.Errorf("%s (%v, UDP: %v): port %d is not found open", x.name, p.Addr(), udp, port)
+			both.Go(func() error {
+				for _, udp := range []bool{false, true} {
+					want := x.tcp
+					if udp {
+						want = x.udp
 					}
-					delete(got, port)
-				}
-				for port, what := range got {
-					if what == open {
-						t.Errorf("%s (%v, UDP: %v): port %d is open", x.name, p.Addr(), udp, port)
+					got, missing, err := scanFor(x.from, p.Addr(), udp, want)
+					if err != nil {
+						return err
+					}
+					if x.silent && len(got) > 0 {
+						t.Errorf("%s (%v, UDP: %v) answers: %v", x.name, p.Addr(), udp, got)
+					}
+					if len(missing) > 0 {
+						t.Errorf("%s (%v, UDP: %v): ports %v are not found open", x.name, p.Addr(), udp, missing)
+					}
+					for port, what := range got {
+						if what == open && !slices.Contains(want, port) {
+							t.Errorf("%s (%v, UDP: %v): port %d is open", x.name, p.Addr(), udp, port)
+						}
 					}
 				}
-			}
+				return nil
+			})
+		}
+		if err := both.Wait(); err != nil {
+			t.Fatal(err)
 		}
 	}
+}
+
+// scanFor scans, and looks again for what should be open: on a busy machine some packets are lost. All but a few must be
+// found at once, or the scan proves nothing of what it does not find.
+func scanFor(from box.Box, target netip.Addr, udp bool, want []uint16) (got map[uint16]string, missing []uint16, err error) {
+	got = map[uint16]string{}
+	for try := range 3 {
+		more, err := scan(from, target, udp)
+		if err != nil {
+			return nil, nil, err
+		}
+		maps.Copy(got, more)
+		missing = slices.DeleteFunc(slices.Clone(want), func(p uint16) bool { return got[p] == open })
+		if len(missing) == 0 {
+			break
+		}
+		if try == 0 && len(want) >= 20 && len(missing) > len(want)/10 {
+			return nil, nil, fmt.Errorf("scan %v: it finds %d of %d listeners", target, len(want)-len(missing), len(want))
+		}
+	}
+	return got, missing, nil
 }
