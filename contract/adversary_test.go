@@ -418,6 +418,41 @@ func TestHeadersAreValidated(t *testing.T) {
 	}
 }
 
+// A header that is right in all its parts can still be too large.
+func TestLargeHeadersAreRefused(t *testing.T) {
+	h, k, b := small(t)
+	if _, err := Seal(h, k, b); err != nil {
+		t.Fatal(err)
+	}
+	s := h.Services[0]
+	s.Volumes = nil
+	for i := range MaxConstraints {
+		s.Placement.Nodes = append(s.Placement.Nodes, fmt.Sprintf("node-%058d", i))
+	}
+	for i := range 20 {
+		s.Name = fmt.Sprintf("x%02d", i)
+		h.Services = append(h.Services, s)
+	}
+	if err := h.Validate(); err != nil { // the control
+		t.Fatal(err)
+	}
+	if _, err := DecodeHeader(h.Encode()); err == nil || !strings.Contains(err.Error(), "at most 65536 are allowed") {
+		t.Errorf("%v", err)
+	}
+	// And its author is told so before anything is signed.
+	var nodes, services strings.Builder
+	for _, n := range s.Placement.Nodes {
+		nodes.WriteString(n + ", ")
+	}
+	for i := range 20 {
+		fmt.Fprintf(&services, "  x%d: {image: x}\n", i)
+	}
+	path := project(t, "services:\n"+services.String()+"x-holdfast: {placement: {nodes: ["+nodes.String()+"]}}\n", nil)
+	if _, err := Load(t.Context(), Input{Path: path}); err == nil || !strings.Contains(err.Error(), "the contract's public header has") {
+		t.Errorf("%v", err)
+	}
+}
+
 // Envelopes are records that anybody who keeps the ledger's state can copy and move.
 func TestEnvelopesOpenForTheirRecipientOnly(t *testing.T) {
 	_, k, _ := small(t)
@@ -440,6 +475,10 @@ func TestEnvelopesOpenForTheirRecipientOnly(t *testing.T) {
 	if bytes.Contains(e.Sealed, k.Body[:]) {
 		t.Error("the key lies open in its envelope")
 	}
+	blown := Envelope{Sealed: make([]byte, MaxEnvelope+1)}
+	if _, err := blown.Open(key); err == nil || !strings.Contains(err.Error(), "16385 bytes, at most 16384 are allowed") {
+		t.Errorf("too large: %v", err)
+	}
 	for name, f := range map[string]func(e *Envelope){
 		"moved to another revision":  func(e *Envelope) { e.Revision[0]++ },
 		"moved to another recipient": func(e *Envelope) { e.Recipient[0]++ },
@@ -447,7 +486,6 @@ func TestEnvelopesOpenForTheirRecipientOnly(t *testing.T) {
 		"changed":                    func(e *Envelope) { e.Sealed[len(e.Sealed)-1] ^= 1 },
 		"cut":                        func(e *Envelope) { e.Sealed = e.Sealed[:len(e.Sealed)-1] },
 		"emptied":                    func(e *Envelope) { e.Sealed = nil },
-		"blown up":                   func(e *Envelope) { e.Sealed = make([]byte, MaxEnvelope+1) },
 	} {
 		c := *e
 		c.Sealed = bytes.Clone(e.Sealed)

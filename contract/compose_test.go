@@ -294,3 +294,40 @@ func TestExamplesLoad(t *testing.T) {
 		}
 	}
 }
+
+// docs/compose.md says what is true: its example loads, and no key that is supported is missing.
+func TestTheDocumentFollowsTheCode(t *testing.T) {
+	raw, err := os.ReadFile("../docs/compose.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(raw)
+	blocks := strings.Split(doc, "```yaml\n")
+	if len(blocks) != 4 {
+		t.Fatalf("%d examples", len(blocks)-1)
+	}
+	block := func(i int) string { s, _, _ := strings.Cut(blocks[i], "```"); return s }
+	d := load(t, block(1), map[string]string{"secrets/db-url": "x"})
+	if d.Name != "shop" || len(d.Header.Services) != 2 || len(d.Header.Routes) != 1 || len(d.Notes) != 0 {
+		t.Errorf("%+v", d.Header)
+	}
+	d = load(t, "services:\n  web:\n    image: x\n"+block(3)+block(2), nil)
+	if p := d.Header.Services[0].Placement; p.Spread != "node" || len(d.Body.Services[0].Egress) != 3 || len(d.Header.Routes) != 1 {
+		t.Errorf("%+v", d.Header)
+	}
+	for _, section := range []string{"file", "service", "healthcheck", "x file", "x svc", "x vol", "limits"} {
+		for _, key := range supported(section) {
+			if !strings.Contains(doc, "`"+key) && !strings.Contains(doc, "."+key) && !strings.Contains(doc, key+":") {
+				t.Errorf("%s is not in docs/compose.md", key)
+			}
+		}
+	}
+	for _, n := range []string{"256 KiB", "50000 parts", "4 MiB of text", "32 levels"} {
+		if !strings.Contains(doc, n) {
+			t.Errorf("docs/compose.md does not say %q", n)
+		}
+	}
+	if MaxCompose != 256<<10 || maxNodes != 50000 || maxText != 4<<20 || maxNesting != 32 || MaxComposeFile != 1<<20 || MaxBody != 8<<20 {
+		t.Error("docs/compose.md has other limits")
+	}
+}

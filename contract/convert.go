@@ -426,6 +426,9 @@ func (l *composer) environment(s *types.ServiceConfig, b *Process) error {
 		if k == "" || strings.ContainsAny(k, "=\x00") {
 			return at(l.line(s.Name, "environment"), "service %s: environment: %q is no name", s.Name, k)
 		}
+		if err := text("the value of "+k, env[k]); err != nil {
+			return at(l.line(s.Name, "environment"), "service %s: environment: %v", s.Name, err)
+		}
 		b.Environment = append(b.Environment, k+"="+env[k])
 	}
 	return nil

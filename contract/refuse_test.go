@@ -168,6 +168,8 @@ func TestRefused(t *testing.T) {
 		{"a variable that is needed", web("command: ${NOPE:?say which}"), `line 4: the variable NOPE is needed and not set: say which`},
 		{"a variable that is none", web("command: ${1A}"), `line 4: "${1A}" is not a variable: write ${NAME}`},
 		{"a variable that is not closed", web("command: ${A"), `line 4: ${ without its }: write $$ for a $`},
+		{"a variable that is no text", web("user: $BINARY"), `line 4: the variable BINARY is not UTF-8 text`},
+		{"an environment that is no text", web("environment: [BINARY]"), `line 4: service web: environment: the value of BINARY is not UTF-8 text`},
 		{"a key twice", web("user: a\nuser: b"), `line 5: "user" stands on line 4 already`},
 		{"two documents", web("") + "---\n" + web("privileged: true"), `line 4: a second document begins: write all of it in one`},
 		{"a tag of Compose", web("user: !reset null"), `line 4: the tag !reset is not supported: leave it out`},
@@ -179,7 +181,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := project(t, tc.compose, nil)
-			_, err := Load(t.Context(), Input{Path: path, Env: map[string]string{"FROM_USER": "u"}})
+			_, err := Load(t.Context(), Input{Path: path, Env: map[string]string{"FROM_USER": "u", "BINARY": "\xff"}})
 			if err == nil {
 				t.Fatal("it was accepted")
 			}

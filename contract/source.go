@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -83,7 +84,7 @@ func (r *reader) expand(n *yaml.Node, depth int) (*yaml.Node, error) {
 		}
 		return out, nil
 	}
-	own, err := r.mapping(n, depth, 0)
+	own, err := r.mapping(n, depth)
 	if err != nil {
 		return nil, err
 	}
@@ -91,11 +92,9 @@ func (r *reader) expand(n *yaml.Node, depth int) (*yaml.Node, error) {
 	return out, nil
 }
 
-// mapping returns the keys and values of a mapping, those of its merges behind its own.
-func (r *reader) mapping(n *yaml.Node, depth, merges int) ([]*yaml.Node, error) {
-	if depth+merges > maxNesting {
-		return nil, at(n, "nested more than %d levels deep", maxNesting)
-	}
+// mapping returns the keys and values of a mapping, those of its merges behind its own. Each merge counts as a part, so that
+// one that holds itself ends too.
+func (r *reader) mapping(n *yaml.Node, depth int) ([]*yaml.Node, error) {
 	var out, merged []*yaml.Node
 	have := map[string]int{}
 	for i := 0; i+1 < len(n.Content); i += 2 {
@@ -118,7 +117,7 @@ func (r *reader) mapping(n *yaml.Node, depth, merges int) ([]*yaml.Node, error) 
 				if r.parts--; r.parts < 0 {
 					return nil, fmt.Errorf("it has more than %d parts when its aliases are followed", maxNodes)
 				}
-				pairs, err := r.mapping(m, depth, merges+1)
+				pairs, err := r.mapping(m, depth)
 				if err != nil {
 					return nil, err
 				}
@@ -327,6 +326,9 @@ func (v *variables) fillFrom(s string, depth int, lookup func(string) (string, b
 			}
 		} else if !ok {
 			unset(name)
+		}
+		if !utf8.ValidString(val) {
+			return "", fmt.Errorf("the variable %s is not UTF-8 text", name)
 		}
 		if err := put(val); err != nil {
 			return "", err

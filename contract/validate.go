@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"holdfast/identity"
 )
@@ -232,11 +233,14 @@ func sorted[T any](kind string, list []T, key func(T) string) error {
 
 func itself(s string) string { return s }
 
-// text refuses what no argument of a process can hold.
+// text refuses what no argument of a process, or no encoding, can hold.
 func text(kind string, list ...string) error {
 	for _, s := range list {
 		if strings.ContainsRune(s, 0) {
 			return fmt.Errorf("%s holds a zero byte", kind)
+		}
+		if !utf8.ValidString(s) {
+			return fmt.Errorf("%s is not UTF-8 text", kind)
 		}
 	}
 	return nil
@@ -273,7 +277,7 @@ func (i *Image) validate() error {
 // validTarget says where a mount may lie: not over what the node itself puts into every sandbox.
 func validTarget(t string) error {
 	switch {
-	case !path.IsAbs(t) || path.Clean(t) != t || t == "/" || strings.ContainsRune(t, 0):
+	case !path.IsAbs(t) || path.Clean(t) != t || t == "/" || text("", t) != nil:
 		return fmt.Errorf("path %q is not a clean absolute path", t)
 	case t == "/etc/hosts" || t == "/etc/resolv.conf" || t == "/etc/hostname":
 		return fmt.Errorf("%s is written by the node", t)
@@ -324,7 +328,7 @@ func (p *Process) validate(h *Header, s *Service) error {
 		return errors.New("egress in body and header differ")
 	}
 	if err := errors.Join(
-		text("entrypoint", p.Entrypoint...), text("command", p.Command...), text("user", p.User), text("environment", p.Environment...),
+		text("entrypoint", p.Entrypoint...), text("command", p.Command...), text("user", p.User), text("image", p.Image.Reference), text("environment", p.Environment...),
 		sorted("capability", p.CapAdd, itself), sorted("capability", p.CapDrop, itself), validSignal(p.StopSignal),
 	); err != nil {
 		return err
@@ -337,8 +341,13 @@ func (p *Process) validate(h *Header, s *Service) error {
 	if err := sorted("environment", p.Environment, func(e string) string { k, _, _ := strings.Cut(e, "="); return k }); err != nil {
 		return err
 	}
-	if w := p.WorkingDir; w != "" && (!path.IsAbs(w) || path.Clean(w) != w || strings.ContainsRune(w, 0)) {
+	if w := p.WorkingDir; w != "" && (!path.IsAbs(w) || path.Clean(w) != w || text("", w) != nil) {
 		return fmt.Errorf("working directory %q is not a clean absolute path", w)
+	}
+	for k, v := range p.Labels {
+		if err := text("label", k, v); err != nil {
+			return err
+		}
 	}
 	for _, c := range p.CapAdd {
 		if err := validCap(c, false); err != nil {
