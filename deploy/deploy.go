@@ -7,10 +7,12 @@ package deploy
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"holdfast/api"
@@ -27,6 +29,14 @@ type User struct {
 	Account identity.AccountID
 	Keys    *identity.KeyFile
 	CA      *ca.CA
+	Now     func() time.Time // nil is time.Now
+}
+
+func (u *User) now() time.Time {
+	if u.Now == nil {
+		return time.Now()
+	}
+	return u.Now()
 }
 
 // Current is a contract as it stands.
@@ -144,11 +154,16 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 			return nil, err
 		}
 	}
+	found := map[string]*Source{} // services with one reference get one image, also while a tag moves
 	for i := range doc.Body.Services {
 		s := &doc.Body.Services[i]
-		src, err := Resolve(ctx, doc.Images[s.Name], filepath.Dir(path))
-		if err != nil {
-			return nil, fmt.Errorf("service %s: %w", s.Name, err)
+		src := found[doc.Images[s.Name]]
+		if src == nil {
+			var err error
+			if src, err = Resolve(ctx, doc.Images[s.Name], filepath.Dir(path)); err != nil {
+				return nil, fmt.Errorf("service %s: %w", s.Name, err)
+			}
+			found[doc.Images[s.Name]] = src
 		}
 		p.sources[s.Name] = src
 		s.Image = contract.Image{Reference: src.Reference, Manifest: src.Manifest}
@@ -157,8 +172,22 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 	var oldB *contract.Body
 	if p.Current != nil {
 		oldH, oldB = p.Current.Header, p.Current.Body
+		for _, v := range doc.Header.Volumes {
+			i := slices.IndexFunc(oldH.Volumes, func(o contract.Volume) bool { return o.Name == v.Name })
+			if i >= 0 && oldH.Volumes[i].Size != v.Size {
+				return nil, fmt.Errorf("volume %s has %d bytes and would have %d: a volume's size cannot change; make another volume and move the data", v.Name, oldH.Volumes[i].Size, v.Size)
+			}
+		}
 	}
 	p.Plan = contract.Diff(oldH, oldB, &doc.Header, &doc.Body)
+	if p.Current != nil {
+		// Nothing else would ever renew one: a node has no CA.
+		for _, r := range doc.Header.Routes {
+			if c := p.Current.certificate(r.Host); c != nil && !u.keeps(c, u.now()) {
+				p.Plan.Changes = append(p.Plan.Changes, contract.Change{What: "certificate of " + r.Host, Old: "until " + ca.Expires(c.Chain).Format(time.DateOnly), New: "a new one"})
+			}
+		}
+	}
 	return p, nil
 }
 
@@ -170,7 +199,6 @@ type Submitted struct {
 	Contract contract.ID
 	Revision contract.RevisionID
 	Header   *contract.Header
-	Height   int64
 }
 
 // place stores blobs in the name of the account.
@@ -190,12 +218,25 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 		progress = func(string, int64, int64) {}
 	}
 	var total, done int64
+	counted, known := map[string]bool{}, map[string]contract.Blob{}
 	for _, s := range p.sources {
+		if counted[s.Manifest] {
+			continue
+		}
+		counted[s.Manifest] = true
 		for _, b := range s.Blobs {
 			total += b.Size
 		}
 	}
+	if p.Current != nil {
+		for i := range p.Current.Body.Services {
+			for _, b := range p.Current.Body.Services[i].Image.Blobs {
+				known[b.Digest] = b
+			}
+		}
+	}
 	h, body := p.Document.Header, p.Document.Body
+	body.Services = slices.Clone(body.Services)
 	images := map[string]*contract.Image{} // services that share an image push it once
 	for i := range body.Services {
 		s := &body.Services[i]
@@ -203,7 +244,7 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 		img := images[src.Manifest]
 		if img == nil {
 			var err error
-			img, err = Push(ctx, src, u.Keys.BlobSecret(), place{u}, func(n int64) {
+			img, err = Push(ctx, src, u.Keys.BlobSecret(), place{u}, known, func(n int64) {
 				done += n
 				progress("images", done, total)
 			})
@@ -250,21 +291,36 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 		return nil, err
 	}
 	progress("signing", 0, 0)
-	tx, err := u.act(ctx, ledger.KindContractSubmit, &ledger.ContractSubmit{Header: h.Encode(), Envelopes: envelopes})
-	if err != nil {
+	if _, err := u.act(ctx, ledger.KindContractSubmit, &ledger.ContractSubmit{Header: h.Encode(), Envelopes: envelopes}); err != nil {
 		return nil, err
 	}
-	_ = tx
 	return &Submitted{Contract: h.ContractID(), Revision: rev, Header: &h}, nil
 }
 
-// certificate keeps the one that runs while it is good for another month.
+// renewal is how long before its end a certificate is replaced.
+const renewal = 30 * 24 * time.Hour
+
+// certificate is the one that a revision has for a host, or nil.
+func (c *Current) certificate(host string) *contract.Certificate {
+	for i := range c.Body.Certificates {
+		if c.Body.Certificates[i].Host == host {
+			return &c.Body.Certificates[i]
+		}
+	}
+	return nil
+}
+
+// keeps says whether a certificate is good for a while, and from the user's CA as it is now.
+func (u *User) keeps(c *contract.Certificate, now time.Time) bool {
+	root, _ := pem.Decode(u.CA.Root())
+	return ca.Expires(c.Chain).After(now.Add(renewal)) && root != nil && bytes.Equal(c.Chain[len(c.Chain)-1], root.Bytes)
+}
+
+// certificate keeps the one that runs while it is good.
 func (u *User) certificate(c *Current, host string, now time.Time) (*contract.Certificate, error) {
 	if c != nil {
-		for i := range c.Body.Certificates {
-			if old := &c.Body.Certificates[i]; old.Host == host && ca.Expires(old.Chain).After(now.Add(30*24*time.Hour)) {
-				return old, nil
-			}
+		if old := c.certificate(host); old != nil && u.keeps(old, now) {
+			return old, nil
 		}
 	}
 	chain, key, err := u.CA.Issue(host, now)
@@ -274,7 +330,8 @@ func (u *User) certificate(c *Current, host string, now time.Time) (*contract.Ce
 	return &contract.Certificate{Host: host, Chain: chain, Key: key}, nil
 }
 
-// envelopes are for the account and for every node that the placement allows.
+// envelopes are for the account and for every node that the placement allows, as many as one transaction holds: nodes hand
+// the keys on to the rest.
 func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.RevisionID, keys *contract.Keys) ([]contract.Envelope, error) {
 	key, err := u.Keys.OpeningKey()
 	if err != nil {
@@ -286,6 +343,7 @@ func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.R
 		return nil, err
 	}
 	out := []contract.Envelope{*e}
+	room := ledger.MaxTx - contract.MaxHeader - 16<<10 // signatures and the rest
 	nodes, err := u.Client.Nodes(ctx)
 	if err != nil {
 		return nil, err
@@ -296,6 +354,9 @@ func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.R
 		}
 		if e, err = contract.SealEnvelope(rev, contract.RecipientNode, n.ID, &n.Sealing, keys); err != nil {
 			return nil, err
+		}
+		if room -= len(e.Sealed) + 128; room < 0 {
+			break
 		}
 		out = append(out, *e)
 	}
