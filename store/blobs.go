@@ -49,7 +49,7 @@ type Blobs interface {
 	Open(ctx context.Context, d Digest) (io.ReadCloser, int64, error)
 }
 
-// Dir keeps blobs as files of a directory.
+// Dir keeps blobs as files of a directory. The directory belongs to one process at a time.
 type Dir struct {
 	root  string
 	limit int64
@@ -81,7 +81,7 @@ func (s *Dir) Put(ctx context.Context, d Digest, r io.Reader) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("put %v: %w", d, err)
 	}
-	f, err := os.CreateTemp(dir, ".put-*")
+	f, err := os.CreateTemp(dir, putting+"*")
 	if err != nil {
 		return fmt.Errorf("put %v: %w", d, err)
 	}
@@ -99,6 +99,23 @@ func (s *Dir) Put(ctx context.Context, d Digest, r io.Reader) error {
 	}
 	if err := errors.Join(f.Sync(), f.Close(), os.Rename(f.Name(), s.path(d)), syncDir(dir)); err != nil {
 		return fmt.Errorf("put %v: %w", d, err)
+	}
+	return nil
+}
+
+// putting is how the name of a blob begins that is not whole yet.
+const putting = ".put-"
+
+// Sweep removes what a process that was killed has left half written. It must not run beside a Put.
+func (s *Dir) Sweep() error {
+	left, err := filepath.Glob(filepath.Join(s.root, "??", putting+"*"))
+	if err != nil {
+		return fmt.Errorf("sweep blobs: %w", err)
+	}
+	for _, f := range left {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("sweep blobs: %w", err)
+		}
 	}
 	return nil
 }

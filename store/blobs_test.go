@@ -65,3 +65,44 @@ func TestDir(t *testing.T) {
 		t.Errorf("%d files are left, 1 is the blob", left)
 	}
 }
+
+// A reader that never ends stands for a process that is killed in the middle of a Put.
+func TestSweepRemovesWhatIsHalfWritten(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "blobs")
+	s := NewDir(root, 1<<10)
+	if err := s.Sweep(); err != nil {
+		t.Fatalf("there is nothing yet: %v", err)
+	}
+	data := []byte("whole")
+	d := Digest(sha256.Sum256(data))
+	if err := s.Put(t.Context(), d, bytes.NewReader(data)); err != nil {
+		t.Fatal(err)
+	}
+	half := Digest{1}
+	r, w := io.Pipe()
+	done := make(chan error, 1)
+	go func() { done <- s.Put(t.Context(), half, r) }()
+	w.Write([]byte("half"))
+	files := func() (out []string) {
+		filepath.Walk(root, func(p string, fi os.FileInfo, _ error) error {
+			if fi != nil && !fi.IsDir() {
+				out = append(out, p)
+			}
+			return nil
+		})
+		return out
+	}
+	if got := files(); len(got) != 2 {
+		t.Fatalf("control: %v", got)
+	}
+	if err := NewDir(root, 1<<10).Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	if got := files(); len(got) != 1 || got[0] != s.path(d) {
+		t.Errorf("left %v", got)
+	}
+	w.Close()
+	if err := <-done; err == nil {
+		t.Error("half a blob was put")
+	}
+}

@@ -163,7 +163,8 @@ func createImage(path, id string, size int64, key [32]byte) error {
 	if real == 0 {
 		return fmt.Errorf("%d bytes: a volume has at most %d", size, sizes()[len(sizes())-1]<<20)
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	// One name for each volume: what a killed server left is written over, by whoever holds the volume's lock.
+	tmp, err := os.OpenFile(filepath.Join(filepath.Dir(path), making+filepath.Base(path)), os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
 	}
@@ -191,6 +192,9 @@ func createImage(path, id string, size int64, key [32]byte) error {
 	defer dir.Close()
 	return errors.Join(tmp.Sync(), os.Rename(tmp.Name(), path), dir.Sync())
 }
+
+// making is how the name of an image begins that is not whole yet.
+const making = ".new-"
 
 // format writes the template of the disk's size.
 func (d *disk) format() error {

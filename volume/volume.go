@@ -108,6 +108,9 @@ func (m *Manager) Open(ctx context.Context, s Spec) (string, error) {
 	if !idForm.MatchString(s.ID) {
 		return "", fmt.Errorf("volume ID %q: want 1 to 64 of a-z, 0-9 and -", s.ID)
 	}
+	if s.Key == [32]byte{} { // one that somebody forgot, and that everybody knows
+		return "", fmt.Errorf("open volume %s: its key is all zeros", s.ID)
+	}
 	defer m.lock(s.ID)()
 	run := m.run(s.ID)
 	if !alive(run) {
@@ -154,7 +157,7 @@ func (m *Manager) start(s *Spec) error {
 		return err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
 		return fmt.Errorf("lock: %w", err)
 	}
 	raw, err := json.Marshal(order{*s, m.image(s.ID), run})
@@ -234,6 +237,47 @@ func (m *Manager) List(context.Context) ([]Status, error) {
 	return out, nil
 }
 
+// Serving reports whether a volume is open and its server lives. Of a server that died nothing remains that a workload
+// could read or write: Close and Open bring it back.
+func (m *Manager) Serving(id string) bool {
+	r, err := readReport(m.run(id))
+	return err == nil && r.Ready && alive(m.run(id))
+}
+
+// Sweep removes what dead servers have left: mounts without a disk behind them, and images that they had not made whole.
+func (m *Manager) Sweep() error {
+	entries, err := os.ReadDir(m.cfg.Run)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("sweep volumes: %w", err)
+	}
+	for _, e := range entries {
+		if err := m.sweep(e.Name()); err != nil {
+			return fmt.Errorf("sweep volume %s: %w", e.Name(), err)
+		}
+	}
+	left, err := filepath.Glob(filepath.Join(m.cfg.Dir, making+"*"))
+	if err != nil {
+		return fmt.Errorf("sweep volumes: %w", err)
+	}
+	for _, f := range left {
+		if id, ok := strings.CutSuffix(strings.TrimPrefix(filepath.Base(f), making), ".img"); ok && alive(m.run(id)) {
+			continue // it is just being made
+		}
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("sweep volumes: %w", err)
+		}
+	}
+	return nil
+}
+
+func (m *Manager) sweep(id string) error {
+	defer m.lock(id)()
+	if alive(m.run(id)) {
+		return nil
+	}
+	return m.clean(id)
+}
+
 // clean removes what a dead server has left: a mount whose disk is gone, and a FUSE mount without a server. The loop
 // device goes with the mount.
 func (m *Manager) clean(id string) error {
@@ -252,13 +296,16 @@ func (m *Manager) clean(id string) error {
 	return os.RemoveAll(run)
 }
 
+// alive reports whether a volume's server lives. It asks for the lock's holder and never takes the lock, not even for a
+// moment, in which a server that is being started would be refused it.
 func alive(run string) bool {
 	f, err := os.Open(filepath.Join(run, "lock"))
 	if err != nil {
 		return false
 	}
 	defer f.Close()
-	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+	l := unix.Flock_t{Type: unix.F_RDLCK}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
 }
 
 func readReport(run string) (report, error) {
@@ -294,5 +341,5 @@ func kindOf(err error) string {
 	return ""
 }
 
-// clear removes the key from a string that an error may carry. Errors here never hold one; this keeps it so.
+// safe makes an error's text fit for JSON. No error here holds a key.
 func safe(err error) string { return strings.ToValidUTF8(err.Error(), "?") }

@@ -315,6 +315,79 @@ func TestKilledServerLosesNothingThatWasSynced(t *testing.T) {
 	fsck(t, m, s)
 }
 
+// A server is killed, once while it serves and once while it makes its image. Nobody opens these volumes again.
+func TestSweepRemovesWhatDeadServersLeft(t *testing.T) {
+	m := manager(t)
+	if err := m.Sweep(); err != nil {
+		t.Fatalf("there is nothing yet: %v", err)
+	}
+	open(t, m, spec("dead"))
+	open(t, m, spec("lives"))
+	mounts := func() (n int) {
+		b, _ := os.ReadFile("/proc/self/mountinfo")
+		return bytes.Count(b, []byte(m.cfg.Run+"/dead/"))
+	}
+	if !m.Serving("dead") || mounts() != 2 {
+		t.Fatalf("control: serving %v, %d mounts", m.Serving("dead"), mounts())
+	}
+	r, err := readReport(m.run("dead"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(r.PID, unix.SIGKILL)
+	for end := time.Now().Add(5 * time.Second); m.Serving("dead"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("its death is not noticed")
+		}
+	}
+	for _, f := range []string{making + "half.img", making + "1234", making + "lives.img"} {
+		if err := os.WriteFile(filepath.Join(m.cfg.Dir, f), []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	if mounts() != 0 {
+		t.Error("a dead server's mounts are left")
+	}
+	if _, err := os.Stat(m.run("dead")); err == nil {
+		t.Error("a dead server's directory is left")
+	}
+	left, _ := filepath.Glob(filepath.Join(m.cfg.Dir, making+"*"))
+	if len(left) != 1 || filepath.Base(left[0]) != making+"lives.img" {
+		t.Errorf("left %v: half an image, or not that of a server that lives", left)
+	}
+	if !m.Serving("lives") {
+		t.Error("a server that lives was swept")
+	}
+	// What was left half made is no hindrance and does not show in what is made after it.
+	if err := os.WriteFile(filepath.Join(m.cfg.Dir, making+"half.img"), bytes.Repeat([]byte{1}, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open(t, m, spec("half"))
+	if err := m.Close(t.Context(), "half"); err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, m, spec("half"))
+	dir := open(t, m, spec("dead"))
+	if _, err := os.Stat(dir); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAForgottenKeyOpensNothing(t *testing.T) {
+	m := manager(t)
+	s := spec("v")
+	s.Key = [32]byte{}
+	if _, err := m.Open(t.Context(), s); err == nil || !strings.Contains(err.Error(), "zeros") {
+		t.Errorf("a volume under a key of zeros: %v", err)
+	}
+	if _, err := os.Stat(m.image("v")); err == nil {
+		t.Error("it was created")
+	}
+}
+
 func TestSectors(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "img")
 	if err := createImage(p, "x", 1, [32]byte{1}); err != nil {
