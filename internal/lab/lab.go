@@ -22,6 +22,8 @@ import (
 
 	"holdfast/internal/box"
 	"holdfast/internal/testimage"
+
+	"golang.org/x/sys/unix"
 )
 
 // Lab is a grid that runs.
@@ -83,12 +85,32 @@ func (l *Lab) dump() {
 		l.T.Logf("status:\n%s", out)
 	}
 	logs, _ := filepath.Glob(filepath.Join(l.Dir, "log", "*.log"))
+	size := map[string]int64{}
 	for _, p := range logs {
 		b, _ := os.ReadFile(p)
+		size[p] = int64(len(b))
 		if len(b) > 4000 {
 			b = b[len(b)-4000:]
 		}
 		l.T.Logf("the end of %s:\n%s", filepath.Base(p), b)
+	}
+	// Asked with SIGQUIT, a daemon writes its goroutines to its log and ends.
+	boxes, _ := box.Running(l.Dir)
+	for name, b := range boxes {
+		p := filepath.Join(l.Dir, "log", name+".log")
+		for _, role := range []string{"node", "validator", "gateway"} {
+			for _, pid := range Processes(b, "/bin/holdfast run "+role) {
+				unix.Kill(pid, unix.SIGQUIT)
+				for range 50 {
+					if err := unix.Kill(pid, 0); err != nil {
+						break
+					}
+					time.Sleep(20 * time.Millisecond)
+				}
+				raw, _ := os.ReadFile(p)
+				l.T.Logf("goroutines of %s:\n%s", name, raw[min(size[p], int64(len(raw))):])
+			}
+		}
 	}
 }
 

@@ -84,6 +84,7 @@ func TestGrid(t *testing.T) {
 		{"2 the wire shows nothing", wire},
 		{"3 a workload reaches its own contract only", reach},
 		{"5 a node's disk shows nothing", disk},
+		{"5 with the key file it shows everything", keyOpens},
 		{"6 a workload that ends starts again", endedWorkload},
 		{"6 a killed agent moves and restarts nothing", killedAgent},
 		{"6 a paused node wakes late", pausedNode},
