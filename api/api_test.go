@@ -406,6 +406,10 @@ func TestTransactions(t *testing.T) {
 	if again, err := c.Submit(ctx, good); err != nil || again != h {
 		t.Errorf("the same bytes again: height %d, %v; they were in block %d", again, err, h)
 	}
+	g.Until(c, "the block's proof", func(ctx context.Context) (bool, error) {
+		n, err := c.Next(ctx, actor)
+		return n > 1, err
+	})
 	farms, err := api.List[identity.FarmID, ledger.Farm](ctx, c, ledger.FarmsKey, ledger.FarmKey)
 	if err != nil || len(farms) != 1 || farms[0].Name != "good" {
 		t.Errorf("farms: %+v %v", farms, err)
