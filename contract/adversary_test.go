@@ -509,6 +509,21 @@ func TestEnvelopesOpenForTheirRecipientOnly(t *testing.T) {
 	}
 }
 
+// A volume that is dropped by mistake, and put back two revisions later, opens.
+func TestKeysOfDroppedVolumesStay(t *testing.T) {
+	h, first, _ := small(t)
+	without := *h
+	without.Volumes = nil
+	second := NewKeys(&without, first)
+	third := NewKeys(h, NewKeys(&without, second))
+	if third.Volumes["data"] != first.Volumes["data"] || second.Volumes["data"] != first.Volumes["data"] {
+		t.Error("its key is another")
+	}
+	if NewKeys(h, nil).Volumes["data"] == first.Volumes["data"] { // the control
+		t.Error("two contracts share a key")
+	}
+}
+
 // Keys of dropped volumes stay, so that a contract could collect more than an envelope holds: its owner is told before
 // anything is signed.
 func TestKeysThatNoEnvelopeHoldsAreNotSealed(t *testing.T) {

@@ -118,7 +118,7 @@ func (l *composer) load(ctx context.Context) (doc *Document, err error) {
 	l.doc = &Document{Images: map[string]string{}}
 	l.vars = &variables{env: l.Env, room: maxText, taken: map[string]bool{}, unset: map[string]int{}}
 	switch raw, err := l.read(".env"); {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errIrregular): // some keep a directory of that name
 	case err != nil:
 		return nil, fmt.Errorf(".env: %w", err)
 	default:
@@ -190,6 +190,8 @@ func (l *composer) projectName() string {
 	return "app"
 }
 
+var errIrregular = errors.New("not a regular file")
+
 // read reads a file of the project, and nothing outside it unless the user allows that.
 func (l *composer) read(name string) ([]byte, error) {
 	var f *os.File
@@ -230,7 +232,7 @@ func (l *composer) read(name string) ([]byte, error) {
 	if st, err := f.Stat(); err != nil {
 		return nil, err
 	} else if !st.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", name)
+		return nil, fmt.Errorf("%s is %w", name, errIrregular)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, MaxComposeFile+1))
 	if err != nil {

@@ -92,9 +92,12 @@ func (r *reader) expand(n *yaml.Node, depth int) (*yaml.Node, error) {
 	return out, nil
 }
 
-// mapping returns the keys and values of a mapping, those of its merges behind its own. Each merge counts as a part, so that
-// one that holds itself ends too.
+// mapping returns the keys and values of a mapping, those of its merges behind its own. A merge counts as a part and as a
+// level, so that one that holds itself ends too.
 func (r *reader) mapping(n *yaml.Node, depth int) ([]*yaml.Node, error) {
+	if depth > maxNesting {
+		return nil, at(n, "nested more than %d levels deep", maxNesting)
+	}
 	var out, merged []*yaml.Node
 	have := map[string]int{}
 	for i := 0; i+1 < len(n.Content); i += 2 {
@@ -117,7 +120,7 @@ func (r *reader) mapping(n *yaml.Node, depth int) ([]*yaml.Node, error) {
 				if r.parts--; r.parts < 0 {
 					return nil, fmt.Errorf("it has more than %d parts when its aliases are followed", maxNodes)
 				}
-				pairs, err := r.mapping(m, depth)
+				pairs, err := r.mapping(m, depth+1)
 				if err != nil {
 					return nil, err
 				}
@@ -381,9 +384,8 @@ func (v *variables) envFile(raw []byte) (map[string]string, error) {
 	}
 	s := strings.ReplaceAll(strings.TrimPrefix(string(raw), "\uFEFF"), "\r\n", "\n")
 	for line := 1; s != ""; {
-		text, rest, _ := strings.Cut(s, "\n")
-		text = strings.TrimLeft(text, " \t")
-		text = strings.TrimPrefix(text, "export ")
+		all, rest, _ := strings.Cut(s, "\n")
+		text := strings.TrimPrefix(strings.TrimLeft(all, " \t"), "export ")
 		if text = strings.TrimLeft(text, " \t"); text == "" || text[0] == '#' {
 			s, line = rest, line+1
 			continue
@@ -410,18 +412,14 @@ func (v *variables) envFile(raw []byte) (map[string]string, error) {
 		val, literal := "", false
 		if tail != "" && (tail[0] == '"' || tail[0] == '\'') {
 			// A quoted value may go over several lines.
-			all := tail
-			if len(rest) > 0 {
-				all += "\n" + rest
-			}
-			n, ok := 0, false
-			if val, n, ok = quotedValue(all); !ok {
+			quoted, n, ok := s[len(all)-len(tail):], 0, false
+			if val, n, ok = quotedValue(quoted); !ok {
 				return nil, fmt.Errorf("line %d: a quote is not closed", line)
 			}
 			literal = tail[0] == '\''
-			line += strings.Count(all[:n], "\n")
+			line += strings.Count(quoted[:n], "\n")
 			var behind string
-			behind, rest, _ = strings.Cut(all[n:], "\n")
+			behind, rest, _ = strings.Cut(quoted[n:], "\n")
 			if behind = strings.TrimLeft(behind, " \t"); behind != "" && behind[0] != '#' {
 				return nil, fmt.Errorf("line %d: text behind the closing quote", line)
 			}
