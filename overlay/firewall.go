@@ -28,10 +28,11 @@ type Firewall struct {
 	Log    *slog.Logger // nil discards
 }
 
-// Access opens the tunnel of a system network to some of its members.
+// Access opens ports on the tunnel of a system network to some of its members.
 type Access struct {
 	Interface string       // Config.Name of the Network
 	Sources   []netip.Addr // who may open connections to this node
+	Ports     []uint16     // TCP ports that they may open; what else the machine listens on stays shut to them too
 }
 
 // egressMark tells masquerading what came from a Network.
@@ -64,7 +65,9 @@ func (f Firewall) build(r *ruleset, links []netip.Prefix) error {
 		if err != nil {
 			return err
 		}
-		rule(iif(a.Interface), listed, accept())
+		for _, port := range a.Ports {
+			rule(iif(a.Interface), listed, l4(unix.IPPROTO_TCP), dport(port), accept())
+		}
 		rule(iif(a.Interface), replies(), answers(), accept())
 		rule(iif(a.Interface), drop())
 	}

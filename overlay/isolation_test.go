@@ -40,7 +40,7 @@ func TestForgedSourcesAreDropped(t *testing.T) {
 	reachable(t, pa, netip.AddrPortFrom(c, 80), "up")
 	mac, router := macs("a")
 	otherMAC, _ := macs("b")
-	near, far, node := sniff(t, pb, "eth0"), sniff(t, pc, "eth0"), sniff(t, one.tunNS(), "wg0")
+	near, far, node := sniff(t, pb, "eth0"), sniff(t, pc, "eth0"), sniff(t, one.tunNS(), "tun0")
 
 	forged := map[string][]byte{}
 	add := func(name string, from net.HardwareAddr, src, dst netip.Addr) {
@@ -370,12 +370,12 @@ func TestSystemNetworkAccess(t *testing.T) {
 	l := newLab(t, 3)
 	var ms []*member
 	for _, b := range l.boxes {
-		must(t, Firewall{Main: b.ns, Access: []Access{{"sys0", nil}}}.Apply())
+		must(t, Firewall{Main: b.ns, Access: []Access{{Interface: "sys0"}}}.Apply())
 		ms = append(ms, b.join("sys0", 30000, func(c *Config) { c.InMain = true }))
 	}
 	mesh(t, ms...)
 	allow := func(i int, who ...netip.Addr) {
-		must(t, Firewall{Main: l.boxes[i].ns, Access: []Access{{"sys0", who}}}.Apply())
+		must(t, Firewall{Main: l.boxes[i].ns, Access: []Access{{"sys0", who, []uint16{7000}}}}.Apply())
 	}
 	allow(0, ms[1].cfg.Self)
 	allow(1)
@@ -390,6 +390,11 @@ func TestSystemNetworkAccess(t *testing.T) {
 	must(t, err)
 	defer kept.Close()
 	echo(t, kept, "listed")
+	// A port that is not opened to it is not there, whoever listens.
+	listen(t, l.boxes[0].ns, netip.MustParseAddrPort("[::]:22"), "sshd")
+	if _, err := dial(l.boxes[1].ns, netip.AddrPortFrom(ms[0].cfg.Self, 22), 500*time.Millisecond); err == nil {
+		t.Error("a listed node reached a port that is not opened")
+	}
 	// The one that is not listed is not heard, and hears answers all the same.
 	if _, err := dial(l.boxes[2].ns, at(0), 500*time.Millisecond); err == nil {
 		t.Error("a node that is not listed connected")

@@ -13,7 +13,7 @@
 // whenever it changes. It keeps nothing on disk. What must survive the death of the process (NET, attachments, their
 // pins) lives in the kernel; the tunnel and the DNS server live in the process and come back with the next Run:
 //
-//	DIR/NAME/net     NET: tunnel "wg0", one veth "w…" a workload, "up0" when a workload has egress
+//	DIR/NAME/net     NET: tunnel "tun0", one veth "w…" a workload, "up0" when a workload has egress
 //	DIR/NAME/w-ID    a workload's namespace: "eth0", handed to its sandbox
 //
 // Inside NET nothing is bridged and nothing is believed. Each workload hangs on a routed veth of its own, and a packet
@@ -174,16 +174,17 @@ func (n *Network) poke() {
 var ErrNoWorkloads = errors.New("a system network takes no workloads")
 
 // SetPeers says who the peers are. Those that did not change notice nothing; an address moves from one peer to another
-// without a gap. Peers that cannot be meant so are an error and change nothing.
+// without a gap. What cannot be meant so, a peer given twice or an address that is another's, is left out and named in the
+// error; the rest takes effect, so that nobody's bad word keeps others apart.
 func (n *Network) SetPeers(peers []Peer) error {
 	set, err := n.checkPeers(peers)
-	if err != nil {
-		return fmt.Errorf("peers of %s: %w", n.cfg.Name, err)
-	}
 	n.mu.Lock()
 	n.peers = set
 	n.mu.Unlock()
 	n.poke()
+	if err != nil {
+		return fmt.Errorf("peers of %s: %w", n.cfg.Name, err)
+	}
 	return nil
 }
 

@@ -117,9 +117,20 @@ func TestSetPeersRefuses(t *testing.T) {
 		"the node's own address":        {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{netip.PrefixFrom(n.cfg.Self, 128)}}},
 		"one address for two":           {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{member}}, {PublicKey: [32]byte{3}, Addrs: []netip.Prefix{member}}},
 		"a peer twice":                  {{PublicKey: [32]byte{2}}, {PublicKey: [32]byte{2}}},
+		"this node":                     {{PublicKey: n.public}},
 	} {
-		if err := n.SetPeers(peers); err == nil {
+		honest := Peer{PublicKey: [32]byte{7}, Addrs: []netip.Prefix{netip.PrefixFrom(Addr(id, [32]byte{7}), 128)}}
+		if err := n.SetPeers(append(peers, honest)); err == nil {
 			t.Errorf("%s was accepted", name)
+		}
+		// It keeps nobody else out, and the first owner has what he had.
+		if got := n.peers[honest.PublicKey]; !slices.Equal(got.Addrs, honest.Addrs) {
+			t.Errorf("%s keeps out an honest peer: %v", name, got)
+		}
+		for key, p := range n.peers {
+			if key == n.public || key == [32]byte{3} && len(p.Addrs) > 0 {
+				t.Errorf("%s was accepted: %v", name, p)
+			}
 		}
 	}
 	must(t, n.SetPeers([]Peer{{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{member}}}))

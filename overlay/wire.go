@@ -161,7 +161,7 @@ func (n *Network) tunName() string {
 	if n.cfg.InMain {
 		return n.cfg.Name
 	}
-	return "wg0"
+	return "tun0" // not w…: those are workloads
 }
 
 func (n *Network) tunNS() string {
@@ -296,30 +296,36 @@ func (b *bind) knock(p Peer) error {
 	return b.Send([][]byte{{0}}, to)
 }
 
-// checkPeers indexes the peers and refuses what could not be meant: addresses outside the network, or with two owners.
+// checkPeers indexes the peers and leaves out what could not be meant: this node itself, a peer or an address that another
+// had before it, an address outside the network. The error names what it left out.
 func (n *Network) checkPeers(peers []Peer) (map[[32]byte]Peer, error) {
 	set := make(map[[32]byte]Peer, len(peers))
 	owner := make(map[netip.Prefix][32]byte)
+	var out []error
 	for _, p := range peers {
 		if p.PublicKey == n.public {
-			return nil, fmt.Errorf("peer %x: is this node", p.PublicKey[:4])
+			out = append(out, fmt.Errorf("peer %x: is this node", p.PublicKey[:4]))
+			continue
 		}
 		if _, ok := set[p.PublicKey]; ok {
-			return nil, fmt.Errorf("peer %x: given twice", p.PublicKey[:4])
+			out = append(out, fmt.Errorf("peer %x: given twice", p.PublicKey[:4]))
+			continue
 		}
+		var addrs []netip.Prefix
 		for _, a := range p.Addrs {
 			if a.Bits() != 128 || !n.prefix.Contains(a.Addr()) || a.Addr() == n.cfg.Self {
-				return nil, fmt.Errorf("peer %x: address %v is not another member of %v", p.PublicKey[:4], a, n.prefix)
+				out = append(out, fmt.Errorf("peer %x: address %v is not another member of %v", p.PublicKey[:4], a, n.prefix))
+			} else if _, ok := owner[a]; ok {
+				out = append(out, fmt.Errorf("peer %x: address %v has another owner", p.PublicKey[:4], a))
+			} else {
+				owner[a] = p.PublicKey
+				addrs = append(addrs, a)
 			}
-			if _, ok := owner[a]; ok {
-				return nil, fmt.Errorf("peer %x: address %v has two owners", p.PublicKey[:4], a)
-			}
-			owner[a] = p.PublicKey
 		}
-		p.Addrs = slices.Clone(p.Addrs)
+		p.Addrs = addrs
 		set[p.PublicKey] = p
 	}
-	return set, nil
+	return set, errors.Join(out...)
 }
 
 // A PeerStatus is what the tunnel saw of a peer.
