@@ -28,6 +28,7 @@ import (
 	"holdfast/api"
 	"holdfast/contract"
 	"holdfast/gateway"
+	"holdfast/identity"
 	"holdfast/internal/canonical"
 	"holdfast/ledger"
 	"holdfast/overlay"
@@ -69,13 +70,14 @@ type Agent struct {
 	beat    chan struct{}
 	ownTLS  *tls.Config
 	handler http.Handler
-	pruned  time.Time  // only the view's loop touches it
 	nonce   sync.Mutex // one transaction of this node at a time
 
+	unpacking sync.RWMutex // held for reading from the first layer until the controller keeps the image
+
 	mu       sync.Mutex
+	pruned   time.Time
 	current  *View
 	bodies   map[contract.RevisionID]*opened
-	refused  map[contract.RevisionID]string // why a revision's body is not started
 	control  map[contract.WorkloadID]*controller
 	wanted   map[contract.WorkloadID]*Workload
 	meshes   map[string]*mesh
@@ -101,13 +103,22 @@ type mesh struct {
 
 // New makes an Agent; nothing happens before Run.
 func New(cfg Config) (*Agent, error) {
+	// What is absent would silently mean less: no cgroup, no limits.
+	for name, v := range map[string]string{"data": cfg.Data, "run": cfg.Run, "runsc": cfg.Runsc, "self": cfg.Self, "cgroup": cfg.Cgroup} {
+		if !filepath.IsAbs(v) || (name == "cgroup" && filepath.Clean(v) == "/") {
+			return nil, fmt.Errorf("node: %s %q is not an absolute path", name, v)
+		}
+	}
+	if cfg.Keys == nil {
+		return nil, errors.New("node: no keys")
+	}
 	a := &Agent{
 		pruned: time.Now(), // what was unpacked before this start may be about to be used again
 		cfg:    cfg, log: cfg.Log, client: cfg.Client,
-		blobs:  store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
-		lease:  &lease{path: filepath.Join(cfg.Run, "lease")},
-		beat:   make(chan struct{}, 1),
-		bodies: map[contract.RevisionID]*opened{}, refused: map[contract.RevisionID]string{},
+		blobs:   store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
+		lease:   &lease{path: filepath.Join(cfg.Run, "lease")},
+		beat:    make(chan struct{}, 1),
+		bodies:  map[contract.RevisionID]*opened{},
 		control: map[contract.WorkloadID]*controller{}, wanted: map[contract.WorkloadID]*Workload{},
 		meshes: map[string]*mesh{}, releases: map[contract.WorkloadID]*Workload{},
 	}
@@ -142,7 +153,14 @@ func (a *Agent) Run(ctx context.Context) error {
 			return fmt.Errorf("node directory: %w", err)
 		}
 	}
+	if err := onTmpfs(a.cfg.Run); err != nil {
+		return err
+	}
 	if err := a.lease.open(); err != nil {
+		return err
+	}
+	defer a.lease.close()
+	if err := errors.Join(a.blobs.Sweep(), a.volumes.Sweep()); err != nil { // what an agent that was killed left half made
 		return err
 	}
 	// Closed before anything else is opened; the reconciled rules follow with the first view.
@@ -195,18 +213,29 @@ func (a *Agent) heartbeats(ctx context.Context) error {
 	every := min(time.Second, g.Lease/4)
 	t := time.NewTicker(every)
 	defer t.Stop()
-	failing := false
+	failing, full, cut := false, false, 0
 	for {
 		sent := bootTime()
 		h := &ledger.Heartbeat{Grid: a.client.Grid(), Node: a.cfg.Keys.ID, Sequence: uint64(time.Now().UnixNano()), Workloads: a.reports()}
+		if n := fit(h, ledger.MaxHeartbeat); n != cut {
+			a.log.Warn("more workloads than a heartbeat holds", "not reported", n)
+			cut = n
+		}
 		h.Sign(a.cfg.Keys.Session)
 		hctx, cancel := context.WithTimeout(ctx, every+time.Second)
 		err := a.client.Heartbeat(hctx, h.Encode())
 		cancel()
 		if err == nil {
 			// Counted from before it was sent: the validator's lease began later than that.
-			if err = a.lease.renew(sent + g.Lease - g.Margin); err != nil {
-				return err
+			// A lease that cannot be written ends what has volumes and nothing else; it is tried again with the next one.
+			lerr := a.lease.renew(sent + g.Lease - g.Margin)
+			if (lerr != nil) != full {
+				if full = lerr != nil; full {
+					a.log.Error("the lease cannot be renewed", "error", lerr)
+				} else {
+					a.log.Info("the lease is renewed")
+					a.wakeAll()
+				}
 			}
 		}
 		if (err != nil) != failing && ctx.Err() == nil {
@@ -264,62 +293,119 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	var errs []error
-	meshes := []Mesh{systemMesh(v)}
-	want := map[contract.WorkloadID]*Workload{}
-	egress := map[string]map[netip.Addr][]overlay.Egress{}
+	// A contract that cannot be read now goes on as it was read last.
+	for id, err := range v.Unread {
+		errs = append(errs, fmt.Errorf("%v: %w", id, err))
+		if old := a.contract(id); old != nil {
+			same := *old
+			same.Missing = nil // who they are now is not known
+			v.Contracts = append(v.Contracts, &same)
+			delete(v.Unread, id)
+		}
+	}
+	running, err := a.runner.List(ctx)
+	if err != nil {
+		return 0, err
+	}
+	s, err := a.specs(ctx, v, adoptable(running))
+	errs = append(errs, err)
 	for _, c := range v.Contracts {
-		o, err := a.open(ctx, c)
-		a.mu.Lock()
-		if err != nil {
-			a.refused[c.Revision] = err.Error()
-		} else {
-			delete(a.refused, c.Revision)
-		}
-		a.mu.Unlock()
-		if err != nil {
-			errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
-			a.keep(c, want, err) // what runs goes on; nothing new starts
-			continue
-		}
-		ms := contractMeshes(v, c, o.keys, o.body)
-		meshes = append(meshes, ms...)
-		for _, w := range workloads(v, c, o, ms) {
-			want[w.ID] = w
-			if rules := egressRules(w.Process); len(rules) > 0 {
-				if egress[w.Network] == nil {
-					egress[w.Network] = map[netip.Addr][]overlay.Egress{}
-				}
-				egress[w.Network][w.Address] = rules
-			}
-		}
-		if len(c.Missing) > 0 {
+		if o := s.opened[c.Revision]; o != nil && len(c.Missing) > 0 {
 			if err := a.handOn(ctx, c, o.keys); err != nil {
 				errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
 			}
 		}
 	}
-	a.mu.Lock()
-	a.current = v
-	a.mu.Unlock()
-	if err := a.setMeshes(meshes, egress); err != nil {
+	a.settle(v, s)
+	if err := a.setMeshes(s); err != nil {
 		errs = append(errs, err)
 	}
-	fw := overlay.Firewall{Egress: len(egress) > 0, Log: a.log}
+	fw := overlay.Firewall{Egress: len(s.egress) > 0, Log: a.log}
 	var members []netip.Addr
-	for _, p := range meshes[0].Peers {
+	for _, p := range s.meshes[0].Peers {
 		members = append(members, p.Addrs[0].Addr())
 	}
-	fw.Access = []overlay.Access{{Interface: meshes[0].Name, Sources: members}}
+	fw.Access = []overlay.Access{{Interface: s.meshes[0].Name, Sources: members}} // nothing listens there yet: no ports
 	if err := fw.Apply(); err != nil {
 		errs = append(errs, fmt.Errorf("firewall: %w", err))
 	}
-	a.setWorkloads(want)
+	a.setWorkloads(s.workloads, adoptable(running))
+	errs = append(errs, a.sweep(ctx))
 	a.setEdges(v)
 	a.setServices()
-	if len(errs) == 0 {
-		errs = append(errs, a.prune(ctx))
+	if err := errors.Join(errs...); err != nil {
+		return 0, err
 	}
-	return 0, errors.Join(errs...)
+	return 0, a.prune(ctx, 10*time.Minute)
+}
+
+// settle makes v the view that others here go by. Bodies of revisions that are no longer here are forgotten, and with them
+// their keys and secrets.
+func (a *Agent) settle(v *View, s *specs) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.current, a.bodies = v, s.opened
+}
+
+// contract is one as it was read last, or nil.
+func (a *Agent) contract(id contract.ID) *ContractView {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.current == nil {
+		return nil
+	}
+	if i := slices.IndexFunc(a.current.Contracts, func(c *ContractView) bool { return c.Record.ID == id }); i >= 0 {
+		return a.current.Contracts[i]
+	}
+	return nil
+}
+
+// specs is all that a view asks of this node.
+type specs struct {
+	workloads map[contract.WorkloadID]*Workload
+	meshes    []Mesh // the first one is the system network
+	egress    map[string]map[netip.Addr][]overlay.Egress
+	opened    map[contract.RevisionID]*opened
+	kept      map[string]bool // networks that stay as they are
+}
+
+// specs opens the contracts and translates them. It changes nothing that runs. Of a contract that cannot be opened or read
+// what runs goes on and nothing new starts.
+func (a *Agent) specs(ctx context.Context, v *View, adopted map[contract.WorkloadID]*Workload) (*specs, error) {
+	s := &specs{
+		workloads: map[contract.WorkloadID]*Workload{}, meshes: []Mesh{systemMesh(v)}, egress: map[string]map[netip.Addr][]overlay.Egress{},
+		opened: map[contract.RevisionID]*opened{}, kept: map[string]bool{},
+	}
+	var errs []error
+	for _, c := range v.Contracts {
+		o, err := a.open(ctx, c)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
+			a.keep(v, c, s, adopted, err)
+			continue
+		}
+		s.opened[c.Revision] = o
+		ms := contractMeshes(v, c, o.keys, o.body)
+		s.meshes = append(s.meshes, ms...)
+		for _, w := range workloads(v, c, o, ms) {
+			s.workloads[w.ID] = w
+		}
+	}
+	for id, w := range adopted {
+		if _, unread := v.Unread[w.Contract]; unread {
+			w.Keep = "the ledger's records of it cannot be read"
+			s.workloads[id], s.kept[w.Network] = w, true
+		}
+	}
+	for _, w := range s.workloads {
+		if rules := egressRules(w.Process); len(rules) > 0 {
+			if s.egress[w.Network] == nil {
+				s.egress[w.Network] = map[netip.Addr][]overlay.Egress{}
+			}
+			s.egress[w.Network][w.Address] = rules
+		}
+	}
+	return s, errors.Join(errs...)
 }
 
 // open returns the keys and body of a contract's current revision, fetched, verified against all three commitments.
@@ -335,26 +421,47 @@ func (a *Agent) open(ctx context.Context, c *ContractView) (*opened, error) {
 	}
 	keys, err := c.Envelope.Open(a.cfg.Keys.Open)
 	if err != nil {
-		return nil, err
+		return nil, &failure{"the envelope does not open with this node's key", err}
 	}
+	// Until the body is open, errors quote nothing that is sealed.
 	sealed, err := a.fetch(ctx, c.Header.SealedBody)
 	if err != nil {
-		return nil, fmt.Errorf("body: %w", err)
+		return nil, fmt.Errorf("%w: %w", errNoBody, err)
 	}
 	defer sealed.Close()
 	raw, err := io.ReadAll(io.LimitReader(sealed, contract.MaxBody+1<<10))
 	if err != nil {
-		return nil, fmt.Errorf("body: %w", err)
+		return nil, fmt.Errorf("%w: %w", errNoBody, err)
 	}
-	body, err := contract.Open(c.Header, keys, raw)
-	if err != nil {
+	if err := complete(c.Header, keys); err != nil {
 		return nil, err
 	}
-	o = &opened{keys, body, map[string]*tls.Config{}}
-	a.mu.Lock()
-	a.bodies[c.Revision] = o
-	a.mu.Unlock()
-	return o, nil
+	body, err := contract.Open(c.Header, keys, raw)
+	if errors.Is(err, contract.ErrBody) {
+		return nil, err
+	} else if err != nil {
+		return nil, &failure{"the body is not a valid one", err}
+	}
+	return &opened{keys, body, map[string]*tls.Config{}}, nil
+}
+
+// complete refuses keys that lack one which the header asks for. Read from a map, a missing key is 32 zero bytes, which
+// everybody knows.
+func complete(h *contract.Header, k *contract.Keys) error {
+	if k.Body == [32]byte{} || k.Salt == [32]byte{} {
+		return fmt.Errorf("%w: the envelope has no key for it", contract.ErrBody)
+	}
+	for _, v := range h.Volumes {
+		if k.Volumes[v.Name] == [32]byte{} {
+			return fmt.Errorf("%w: the envelope has no key for volume %q", contract.ErrBody, v.Name)
+		}
+	}
+	for _, n := range h.Networks {
+		if k.Networks[n] == [32]byte{} {
+			return fmt.Errorf("%w: the envelope has no key for network %q", contract.ErrBody, n)
+		}
+	}
+	return nil
 }
 
 // fetch returns a sealed blob from disk, or from the grid through disk.
@@ -408,23 +515,41 @@ func (b imageBlobs) Open(ctx context.Context, digest string) (io.ReadCloser, err
 	}{plain, r}, nil
 }
 
-// keep leaves the workloads of a contract whose new revision cannot be opened as they are.
-func (a *Agent) keep(c *ContractView, want map[contract.WorkloadID]*Workload, why error) {
+// keep leaves the workloads of a contract whose revision cannot be opened as they are: those that this agent knows, and
+// those that one before it has left running.
+func (a *Agent) keep(v *View, c *ContractView, s *specs, adopted map[contract.WorkloadID]*Workload, why error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	for _, n := range c.Networks {
+		s.kept[meshName(n)] = true
+	}
 	for _, as := range c.Assignments {
 		if as.Node != a.cfg.Keys.ID {
 			continue
 		}
-		if old := a.wanted[as.Workload]; old != nil && old.Epoch == as.Epoch {
-			want[as.Workload] = old
-			continue
-		}
-		want[as.Workload] = &Workload{
+		w := &Workload{
 			ID: as.Workload, Contract: c.Record.ID, Service: as.Service, Replica: as.Replica, Epoch: as.Epoch,
-			Revision: c.Header.Revision, Held: why.Error(), Process: &contract.Process{},
+			Revision: c.Header.Revision, Fenced: as.Fenced, Process: &contract.Process{}, Keep: public(why),
 		}
+		if old := a.wanted[as.Workload]; old != nil && old.Epoch == as.Epoch {
+			same := *old
+			w = &same
+		} else if old := adopted[as.Workload]; old != nil && old.Epoch == as.Epoch {
+			same := *old
+			w, w.Keep, w.Fenced = &same, public(why), as.Fenced
+		}
+		w.Held = held(v, &as)
+		s.workloads[w.ID] = w
 	}
+}
+
+// held says why the ledger does not want an assigned workload to run now, or "".
+func held(v *View, as *ledger.Assignment) string {
+	if as.Reason != "" && !v.Self.Up {
+		// A node that is back finds its volume's workload held until the ledger has seen it up.
+		return "the ledger has not heard this node for a lease"
+	}
+	return as.Reason
 }
 
 // workloads are those of one contract that are assigned here.
@@ -442,13 +567,7 @@ func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 		w := &Workload{
 			ID: as.Workload, Contract: c.Record.ID, Name: fmt.Sprintf("%s/%s-%d", c.Record.Name, as.Service, as.Replica),
 			Service: as.Service, Replica: as.Replica, Epoch: as.Epoch, Revision: c.Header.Revision, Fenced: as.Fenced,
-			Process: p, Limits: *s, Keys: o.keys,
-		}
-		// A node that is back finds its volume's workload held until the ledger has seen it up.
-		if as.Reason != "" && !v.Self.Up {
-			w.Held = "the ledger has not heard this node for a lease"
-		} else if as.Reason != "" {
-			w.Held = as.Reason
+			Process: p, Limits: *s, Held: held(v, &as),
 		}
 		for _, name := range s.Volumes {
 			if rec := c.Volumes[name]; rec != nil {
@@ -529,14 +648,20 @@ func (a *Agent) act(ctx context.Context, kind ledger.Kind, payload any) error {
 	return err
 }
 
-// prune frees the memory that layers of images take which nothing here uses, now and then.
-func (a *Agent) prune(ctx context.Context) error {
-	if time.Since(a.pruned) < 10*time.Minute {
+// prune frees the memory that layers of images take which nothing here uses, if that was last done so long ago.
+func (a *Agent) prune(ctx context.Context, every time.Duration) error {
+	// While one unpacks, its first layers are nobody's yet.
+	if !a.unpacking.TryLock() {
+		return nil
+	}
+	defer a.unpacking.Unlock()
+	var keep []sandbox.Image
+	a.mu.Lock()
+	if time.Since(a.pruned) < every {
+		a.mu.Unlock()
 		return nil
 	}
 	a.pruned = time.Now()
-	var keep []sandbox.Image
-	a.mu.Lock()
 	for _, c := range a.control {
 		if img, ok := c.inUse(); ok {
 			keep = append(keep, img)
@@ -547,11 +672,11 @@ func (a *Agent) prune(ctx context.Context) error {
 }
 
 // setMeshes starts, changes and ends overlay networks.
-func (a *Agent) setMeshes(want []Mesh, egress map[string]map[netip.Addr][]overlay.Egress) error {
+func (a *Agent) setMeshes(s *specs) error {
 	var errs []error
-	names := map[string]bool{}
-	for i := range want {
-		m := &want[i]
+	names, egress := maps.Clone(s.kept), s.egress
+	for i := range s.meshes {
+		m := &s.meshes[i]
 		names[m.Name] = true
 		a.mu.Lock()
 		run := a.meshes[m.Name]
@@ -657,19 +782,19 @@ func (a *Agent) network(name string) *overlay.Network {
 }
 
 // setWorkloads gives every workload its controller and every controller its Spec.
-func (a *Agent) setWorkloads(want map[contract.WorkloadID]*Workload) {
-	// Sandboxes of an agent before this one, whose workload is no longer here, need a controller to end them.
-	if all, err := a.runner.List(a.groupCtx); err == nil {
-		for _, s := range all {
-			if id, err := contract.ParseWorkloadID(s.Labels[label]); err == nil {
-				if _, ok := want[id]; !ok {
-					want[id] = nil
-				}
-			}
-		}
-	}
+func (a *Agent) setWorkloads(want, adopted map[contract.WorkloadID]*Workload) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	// Sandboxes of an agent before this one, whose workload is no longer here, need a controller that ends them and what
+	// is around them.
+	for id, w := range adopted {
+		if _, ok := want[id]; !ok {
+			want[id] = nil
+		}
+		if a.releases[id] == nil {
+			a.releases[id] = w
+		}
+	}
 	for id := range a.control {
 		if _, ok := want[id]; !ok {
 			want[id] = nil
@@ -680,7 +805,9 @@ func (a *Agent) setWorkloads(want map[contract.WorkloadID]*Workload) {
 		if c == nil {
 			c = a.newController(id)
 			a.control[id] = c
-			a.group.Go(func() error { c.loop.Run(a.groupCtx); return nil })
+			ctx, cancel := context.WithCancel(a.groupCtx)
+			c.done = cancel
+			a.group.Go(func() error { defer cancel(); c.loop.Run(ctx); return nil })
 		}
 		if w != nil {
 			a.releases[id] = w
@@ -689,6 +816,69 @@ func (a *Agent) setWorkloads(want map[contract.WorkloadID]*Workload) {
 	}
 	maps.DeleteFunc(want, func(_ contract.WorkloadID, w *Workload) bool { return w == nil })
 	a.wanted = want
+}
+
+// forget ends the controller of a workload of which nothing is left here, unless it has come back.
+func (a *Agent) forget(c *controller) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.want == nil && a.control[c.id] == c && a.releases[c.id] == nil {
+		delete(a.control, c.id)
+		c.done()
+	}
+}
+
+// sweep closes the volumes and detaches from the networks what belongs to no workload here: an agent that was killed
+// between opening them and starting the sandbox has left them, and the workload did not come back to it.
+func (a *Agent) sweep(ctx context.Context) error {
+	open, err := a.volumes.List(ctx)
+	if err != nil {
+		return err
+	}
+	all, err := a.runner.List(ctx)
+	if err != nil {
+		return err
+	}
+	volumes, places := map[string]bool{}, map[string]bool{}
+	uses := func(w *Workload) {
+		places[attachmentID(w.ID)] = true
+		for _, v := range w.Volumes {
+			volumes[volumeName(v.ID)] = true
+		}
+	}
+	for i := range all { // one of an old revision may use what the new one does not
+		if w := adopt(&all[i]); w != nil {
+			uses(w)
+		}
+	}
+	a.mu.Lock()
+	for _, w := range a.releases {
+		uses(w)
+	}
+	nets := map[string]*overlay.Network{}
+	for name, m := range a.meshes {
+		nets[name] = m.net
+	}
+	a.mu.Unlock()
+	var errs []error
+	for _, v := range open {
+		if !volumes[v.ID] {
+			a.log.Info("closing a volume that no workload uses", "volume", v.ID)
+			errs = append(errs, a.volumes.Close(ctx, v.ID))
+		}
+	}
+	for _, n := range nets {
+		list, err := n.Attachments()
+		errs = append(errs, err)
+		for _, at := range list {
+			if !places[at.ID] {
+				errs = append(errs, n.Detach(ctx, at.ID))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // release undoes what start did around the sandbox: network and volumes. w is the Spec that keeps the workload here
@@ -760,6 +950,7 @@ func (a *Agent) reportsOf(ctx context.Context, w *Workload) []ledger.Report {
 	if v == nil {
 		return out
 	}
+	c := a.contract(w.Contract)
 	beats, err := a.client.Reports(ctx, v.Nodes)
 	if err != nil {
 		return out // the next try comes soon
@@ -770,12 +961,20 @@ func (a *Agent) reportsOf(ctx context.Context, w *Workload) []ledger.Report {
 			continue
 		}
 		for _, r := range h.Workloads {
-			if r.Contract == w.Contract {
+			if r.Contract == w.Contract && c != nil && assignedTo(c, h.Node, &r) {
 				out = append(out, r)
 			}
 		}
 	}
 	return out
+}
+
+// assignedTo reports whether a node may speak of a workload: only of one that the ledger gave it, in that epoch, by its
+// name. Another node's word on a dependency would start what must wait.
+func assignedTo(c *ContractView, node identity.NodeID, r *ledger.Report) bool {
+	return slices.ContainsFunc(c.Assignments, func(a ledger.Assignment) bool {
+		return a.Workload == r.Workload && a.Node == node && a.Epoch == r.Epoch && a.Service == r.Service && a.Replica == r.Replica
+	})
 }
 
 // setEdges tells the Origin which gateways to dial.
@@ -874,6 +1073,9 @@ func (o *opened) certificate(host string) (*tls.Config, error) {
 
 var _ http.Handler = (*logService)(nil)
 
+// stopGrace bounds the graces of all when the machine goes down.
+const stopGrace = 15 * time.Second
+
 // Stop ends every workload as its contract asks, and closes the volumes, before the machine goes down. Run must have
 // returned.
 func (a *Agent) Stop(ctx context.Context) error {
@@ -881,9 +1083,17 @@ func (a *Agent) Stop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	g, gctx := errgroup.WithContext(ctx)
+	// A grace may be longer than the machine has: the volumes must still be closed in order.
+	grace, cancel := context.WithTimeout(ctx, stopGrace)
+	defer cancel()
+	var g errgroup.Group
 	for _, s := range all {
-		g.Go(func() error { return a.runner.Stop(gctx, s.ID) })
+		g.Go(func() error {
+			if err := a.runner.Stop(grace, s.ID); err == nil || ctx.Err() != nil {
+				return err
+			}
+			return a.runner.Kill(ctx, s.ID)
+		})
 	}
 	errs := []error{g.Wait()}
 	open, err := a.volumes.List(ctx)

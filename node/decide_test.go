@@ -3,7 +3,6 @@ package node
 import (
 	"net/netip"
 	"reflect"
-	"strings"
 	"testing"
 	"time"
 
@@ -37,6 +36,12 @@ func TestDecide(t *testing.T) {
 	}
 	policy := func(p string) func(*Workload) { return func(w *Workload) { w.Process.Restart = p } }
 	fenced := func(w *Workload) { w.Fenced = true }
+	kept := func(w *Workload) { w.Keep = "the contract cannot be opened" }
+	because := func(why string) sandbox.Status {
+		s := ended(0, time.Minute, time.Hour)
+		s.Reason = why
+		return s
+	}
 	held := func(w *Workload) { w.Held = "volume on node-2" }
 	for _, tc := range []struct {
 		name  string
@@ -63,6 +68,14 @@ func TestDecide(t *testing.T) {
 		{"on-failure stays ended after success", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(ended(0, time.Second, time.Hour))}, nil, false, ledger.StateExited},
 		{"on-failure starts again after failure", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(ended(2, time.Second, time.Hour))}, []string{"new"}, true, ledger.StateFailed},
 		{"what is unhealthy is started again", work(), observed{leaseOK: true, unhealthy: true, instances: is(running)}, []string{"new"}, true, ledger.StateFailed},
+		{"a volume whose server died is opened anew", work(), observed{leaseOK: true, volumeLost: true, instances: is(running)}, []string{"new"}, true, ledger.StateFailed},
+		{"and without a lease it is not", work(fenced), observed{volumeLost: true, instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"what cannot be opened goes on", work(kept), observed{leaseOK: true, volumeLost: true, instances: is(running, old)}, []string{"old"}, false, ledger.StateRunning},
+		{"what cannot be opened is not started", work(kept), observed{leaseOK: true}, nil, false, ledger.StateWaiting},
+		{"what cannot be opened is not started again", work(kept), observed{leaseOK: true, now: now, instances: is(ended(1, time.Minute, time.Hour))}, nil, false, ledger.StateWaiting},
+		{"what cannot be opened ends with its lease", work(kept, fenced), observed{instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"a watchdog's end is not the process's", work(policy("no")), observed{leaseOK: true, now: now, instances: is(because(sandbox.ReasonLease))}, []string{"new"}, true, ledger.StateFailed},
+		{"nor is its shim's death", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(because(sandbox.ReasonShim))}, []string{"new"}, true, ledger.StateFailed},
 	} {
 		s := decide(tc.want, tc.o)
 		if !reflect.DeepEqual(s.stop, tc.stop) || s.start != tc.start || s.state != tc.state {
@@ -179,10 +192,92 @@ func TestMeshNamesOnlyWhatRuns(t *testing.T) {
 	}
 }
 
-func TestTamperedBodyStartsNothing(t *testing.T) {
-	h := &contract.Header{}
-	k := contract.NewKeys(h, nil)
-	if _, err := contract.Open(h, k, []byte("x")); err == nil || !strings.Contains(err.Error(), "commits") {
-		t.Errorf("%v", err)
+// Reports are public, and what runsc says quotes the command and the image.
+func TestAnEndIsToldInFixedWords(t *testing.T) {
+	began := time.Unix(1, 0)
+	for _, tc := range []struct {
+		s    sandbox.Status
+		want string
+	}{
+		{sandbox.Status{StartedAt: began, ExitCode: 3}, "exit code 3"},
+		{sandbox.Status{StartedAt: began, ExitCode: 137, Reason: sandbox.ReasonLease}, "its lease ended"},
+		{sandbox.Status{StartedAt: began, ExitCode: -1, Reason: sandbox.ReasonShim}, "its shim was killed"},
+		{sandbox.Status{StartedAt: began, OOM: true, Reason: "out of memory"}, "out of memory"},
+		{sandbox.Status{StartedAt: began, ExitCode: 128, Reason: "runsc: /app/secret-name: no such file"}, "exit code 128"},
+		{sandbox.Status{ExitCode: 128, Reason: "runsc: /app/secret-name: no such file"}, notStarted},
+	} {
+		tc.s.ID, tc.s.State = "i", sandbox.Exited
+		s := decide(&Workload{Instance: "i", Process: &contract.Process{Restart: "no"}}, observed{leaseOK: true, instances: map[string]sandbox.Status{"i": tc.s}})
+		if s.reason != tc.want {
+			t.Errorf("%+v: %q, want %q", tc.s, s.reason, tc.want)
+		}
+	}
+}
+
+func TestWhatHasNoRightToRunHasNoGrace(t *testing.T) {
+	at := func(epoch uint64) *sandbox.Status {
+		return &sandbox.Status{Labels: labels(&Workload{ID: contract.WorkloadID{1}, Epoch: epoch})}
+	}
+	for _, tc := range []struct {
+		name  string
+		w     *Workload
+		s     *sandbox.Status
+		lease bool
+		want  bool
+	}{
+		{"a new revision", &Workload{Epoch: 2}, at(2), true, false},
+		{"the ledger holds it", &Workload{Epoch: 2, Held: "x", Fenced: true}, at(2), true, false},
+		{"cancelled or moved away", nil, at(2), true, true},
+		{"came back in another epoch", &Workload{Epoch: 3}, at(2), true, true},
+		{"no lease, and a volume", &Workload{Epoch: 2, Fenced: true}, at(2), false, true},
+		{"no lease, and none", &Workload{Epoch: 2}, at(2), false, false},
+		{"of nobody knows which epoch", &Workload{Epoch: 2}, &sandbox.Status{}, true, true},
+	} {
+		if got := urgent(tc.w, tc.s, tc.lease); got != tc.want {
+			t.Errorf("%s: at once %v", tc.name, got)
+		}
+	}
+}
+
+// Each health check costs work outside the workload's limits.
+func TestHealthChecksHaveAPace(t *testing.T) {
+	for _, tc := range []struct{ interval, timeout, wantInterval, wantTimeout time.Duration }{
+		{1, 1, time.Second, time.Second},
+		{0, 0, contract.DefaultInterval, contract.DefaultInterval},
+		{-1, -1, contract.DefaultInterval, contract.DefaultInterval},
+		{5 * time.Second, 2 * time.Second, 5 * time.Second, 2 * time.Second},
+	} {
+		if i, to := pace(&contract.Healthcheck{Interval: tc.interval, Timeout: tc.timeout}); i != tc.wantInterval || to != tc.wantTimeout {
+			t.Errorf("%v and %v became %v and %v", tc.interval, tc.timeout, i, to)
+		}
+	}
+}
+
+// A farmer's node signs reports of workloads that are not its own.
+func TestOnlyTheAssignedNodeSpeaksOfAWorkload(t *testing.T) {
+	id := contract.ID{1}
+	c := &ContractView{Assignments: []ledger.Assignment{
+		{Workload: contract.WorkloadOf(id, "db", 0), Service: "db", Node: identity.NodeID{1}, Epoch: 7},
+		{Workload: contract.WorkloadOf(id, "web", 0), Service: "web", Node: identity.NodeID{2}, Epoch: 7},
+	}}
+	good := ledger.Report{Workload: contract.WorkloadOf(id, "db", 0), Contract: id, Service: "db", Epoch: 7, State: ledger.StateRunning, Healthy: true}
+	if !assignedTo(c, identity.NodeID{1}, &good) {
+		t.Fatal("control: the assigned node does not count")
+	}
+	for what, f := range map[string]func(r *ledger.Report) identity.NodeID{
+		"another node":     func(*ledger.Report) identity.NodeID { return identity.NodeID{2} },
+		"an epoch before":  func(r *ledger.Report) identity.NodeID { r.Epoch = 6; return identity.NodeID{1} },
+		"an epoch to come": func(r *ledger.Report) identity.NodeID { r.Epoch = 8; return identity.NodeID{1} },
+		"its own workload by a wrong name": func(r *ledger.Report) identity.NodeID {
+			r.Workload = contract.WorkloadOf(id, "web", 0)
+			return identity.NodeID{2}
+		},
+		"a replica that is not there": func(r *ledger.Report) identity.NodeID { r.Replica = 1; return identity.NodeID{1} },
+		"no workload":                 func(r *ledger.Report) identity.NodeID { r.Workload = contract.WorkloadID{}; return identity.NodeID{} },
+	} {
+		r := good
+		if from := f(&r); assignedTo(c, from, &r) {
+			t.Errorf("%s is believed", what)
+		}
 	}
 }

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync/atomic"
 
@@ -11,6 +12,7 @@ import (
 	"holdfast/gateway"
 	"holdfast/identity"
 	"holdfast/ledger"
+	"holdfast/ledger/comet"
 )
 
 // TunnelName is the TLS server name under which nodes dial a grid's gateways.
@@ -54,7 +56,7 @@ func (t *EdgeTable) Authorize(spki gateway.SPKI) (gateway.NodeID, bool) {
 	return gateway.NodeID(id), ok
 }
 
-// Refresh reads the table from the ledger.
+// Refresh reads the table from the ledger. A contract that cannot be read keeps what was known of it, and is in the error.
 func (t *EdgeTable) Refresh(ctx context.Context, c *api.Client) error {
 	next := &edgeTable{routes: map[string]gateway.Route{}, nodes: map[gateway.SPKI]identity.NodeID{}}
 	for i := range c.Genesis().Validators { // the ledger itself, for those who reach nothing but a gateway
@@ -66,23 +68,36 @@ func (t *EdgeTable) Refresh(ctx context.Context, c *api.Client) error {
 		return err
 	}
 	for _, n := range nodes {
-		next.nodes[n.TLS] = n.ID
+		if _, taken := next.nodes[n.TLS]; !taken { // the ledger refuses a key that is another node's; the first one has it in any case
+			next.nodes[n.TLS] = n.ID
+		}
 		next.routes[ServiceName(n.ID)] = gateway.Route{Servers: []gateway.Server{{Node: gateway.NodeID(n.ID)}}}
 	}
 	routes, err := api.List[string, ledger.Route](ctx, c, ledger.RoutesKey, ledger.RouteKey)
 	if err != nil {
 		return err
 	}
+	last := t.current.Load()
 	assigned := map[contract.ID]*ledger.Assignments{}
+	var errs []error
 	for _, r := range routes {
 		as, ok := assigned[r.Contract]
 		if !ok {
 			if as, err = api.Get[ledger.Assignments](ctx, c, ledger.AssignmentsKey(r.Contract)); errors.Is(err, ledger.ErrAbsent) {
 				as = &ledger.Assignments{}
-			} else if err != nil {
+			} else if errors.Is(err, comet.ErrUnavailable) {
 				return err
+			} else if err != nil {
+				errs = append(errs, fmt.Errorf("assignments of %v: %w", r.Contract, err))
+				as = nil
 			}
 			assigned[r.Contract] = as
+		}
+		if as == nil {
+			if known, ok := last.routes[r.Host]; ok {
+				next.routes[r.Host] = known
+			}
+			continue
 		}
 		var target gateway.Route
 		for _, a := range as.Current {
@@ -94,5 +109,5 @@ func (t *EdgeTable) Refresh(ctx context.Context, c *api.Client) error {
 		next.routes[r.Host] = target
 	}
 	t.current.Store(next)
-	return nil
+	return errors.Join(errs...)
 }

@@ -22,7 +22,8 @@ type View struct {
 	Self      *ledger.Node
 	Nodes     []*ledger.Node
 	Gateways  []*ledger.Gateway
-	Contracts []*ContractView // those with a workload here
+	Contracts []*ContractView       // those with a workload here
+	Unread    map[contract.ID]error // those of them whose records could not be read, with why
 }
 
 // ContractView is one contract at its current revision.
@@ -37,10 +38,11 @@ type ContractView struct {
 	Missing     []*ledger.Node     // eligible nodes without an envelope
 }
 
-// ReadView reads the view of node self. Reads may straddle blocks: a record that a later block removed makes it fail,
-// and the caller tries again.
+// ReadView reads the view of node self. A contract that cannot be read holds up no other: whoever wrote it, and whatever is
+// wrong with it, it is left out and named in Unread. Reads may straddle blocks: a record that a later block removed makes its
+// contract unread for once, and the caller tries again.
 func ReadView(ctx context.Context, r api.Reader, grid identity.GridID, self identity.NodeID) (*View, error) {
-	v := &View{Grid: grid}
+	v := &View{Grid: grid, Unread: map[contract.ID]error{}}
 	var err error
 	if v.Nodes, err = api.List[identity.NodeID, ledger.Node](ctx, r, ledger.NodesKey, ledger.NodeKey); err != nil {
 		return nil, err
@@ -61,10 +63,14 @@ func ReadView(ctx context.Context, r api.Reader, grid identity.GridID, self iden
 	}
 	for _, id := range *ids {
 		c, err := readContract(ctx, r, id, v)
-		if err != nil {
-			return nil, fmt.Errorf("%v: %w", id, err)
+		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case err != nil:
+			v.Unread[id] = err
+		default:
+			v.Contracts = append(v.Contracts, c)
 		}
-		v.Contracts = append(v.Contracts, c)
 	}
 	return v, nil
 }
@@ -200,6 +206,9 @@ func systemMesh(v *View) Mesh {
 	return m
 }
 
+// meshName names a network's interfaces: they take 15 characters.
+func meshName(n *ledger.Network) string { return "n" + strconv.FormatUint(uint64(n.Index), 36) }
+
 func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // contractMeshes are the networks of one contract that a workload here is on. Names lead to every replica that is
@@ -213,7 +222,7 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 		}
 		id := [32]byte(rec.ID)
 		m := Mesh{
-			Network: id, Name: "n" + strconv.FormatUint(uint64(rec.Index), 36), Port: basePort + rec.Index,
+			Network: id, Name: meshName(rec), Port: basePort + rec.Index,
 			Self: overlay.Addr(id, v.Self.ID), Names: map[string][]netip.Addr{},
 		}
 		here := false

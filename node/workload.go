@@ -1,7 +1,9 @@
 package node
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,7 +18,11 @@ import (
 	"holdfast/overlay"
 	"holdfast/reconcile"
 	"holdfast/sandbox"
+	"holdfast/seal"
+	"holdfast/store"
 	"holdfast/volume"
+
+	"golang.org/x/sys/unix"
 )
 
 // Workload is one workload as this node should have it: the Spec of its controller.
@@ -30,9 +36,9 @@ type Workload struct {
 	Revision uint32
 	Fenced   bool
 	Held     string // why the ledger says that it does not run now; "" runs
+	Keep     string // why no more is known of it than what runs, which goes on and is not started again; "" all is known
 	Process  *contract.Process
 	Limits   contract.Service
-	Keys     *contract.Keys
 	Volumes  []WorkVolume
 	Network  string // Mesh.Name
 	Address  netip.Addr
@@ -53,6 +59,7 @@ type WorkVolume struct {
 type observed struct {
 	instances  map[string]sandbox.Status // of this workload, by sandbox ID
 	leaseOK    bool
+	volumeLost bool   // the server of one of its volumes is gone
 	dependency string // what it waits for; "" for nothing
 	restarts   uint32
 	unhealthy  bool // the health check failed often enough
@@ -93,17 +100,19 @@ func decide(w *Workload, o observed) step {
 			s.stop = append(s.stop, w.Instance)
 		}
 		s.state, s.reason, s.again = ledger.StateWaiting, "no lease: the ledger does not hear this node", 500*time.Millisecond
+	case w.Keep != "" && (!have || cur.State != sandbox.Running):
+		s.state, s.reason = ledger.StateWaiting, w.Keep
+	case have && cur.State == sandbox.Running && o.volumeLost && w.Keep == "":
+		s.stop = append(s.stop, w.Instance)
+		s.state, s.reason, s.start, s.restart = ledger.StateFailed, "its volume failed", true, true
 	case have && cur.State == sandbox.Running && o.unhealthy:
 		s.stop = append(s.stop, w.Instance)
 		s.state, s.reason, s.start, s.restart = ledger.StateFailed, "health check failed", true, true
 	case have && cur.State == sandbox.Running:
 		s.state = ledger.StateRunning
 	case have:
-		s.reason = fmt.Sprintf("exit code %d", cur.ExitCode)
-		if cur.OOM {
-			s.reason = "out of memory"
-		}
-		if !again(w.Process.Restart, cur.ExitCode, o.restarts, w.Process.MaxRetries) {
+		s.reason = ending(&cur)
+		if !broken(&cur) && !again(w.Process.Restart, cur.ExitCode, o.restarts, w.Process.MaxRetries) {
 			s.state = ledger.StateExited
 			break
 		}
@@ -114,11 +123,39 @@ func decide(w *Workload, o observed) step {
 		}
 		s.stop, s.start, s.restart = append(s.stop, w.Instance), true, true
 	case o.dependency != "":
-		s.state, s.reason, s.again = ledger.StateWaiting, o.dependency, 300*time.Millisecond
+		s.state, s.reason, s.again = ledger.StateWaiting, "a dependency is not met", 300*time.Millisecond
 	default:
 		s.state, s.start = ledger.StateStarting, true
 	}
 	return s
+}
+
+// ending says in fixed words why a sandbox ended. What runsc says quotes the image and the command.
+func ending(s *sandbox.Status) string {
+	switch {
+	case s.OOM:
+		return sandbox.ReasonMemory
+	case s.Reason == sandbox.ReasonLease, s.Reason == sandbox.ReasonShim, s.Reason == sandbox.ReasonStopped:
+		return s.Reason
+	case s.StartedAt.IsZero():
+		return notStarted
+	}
+	return fmt.Sprintf("exit code %d", s.ExitCode)
+}
+
+// broken reports whether it was not the process's own end: its restart policy has no say in that.
+func broken(s *sandbox.Status) bool {
+	return s.Reason == sandbox.ReasonLease || s.Reason == sandbox.ReasonShim
+}
+
+// urgent reports whether a sandbox has no right to its grace: its workload was cancelled or is another node's, or another
+// epoch's, or may be soon.
+func urgent(w *Workload, s *sandbox.Status, leaseOK bool) bool {
+	if w == nil || (w.Fenced && !leaseOK) {
+		return true
+	}
+	old := adopt(s)
+	return old == nil || old.Epoch < w.Epoch
 }
 
 // again says whether a process that ended is started again.
@@ -154,11 +191,15 @@ type controller struct {
 	serving bool // routes may lead here
 
 	image   sandbox.Image
-	imageOf string // manifest that image was unpacked from
+	imageOf string          // manifest that image was unpacked from
+	hurry   func(*Workload) // while a sandbox uses its grace: tells that something else is wanted
+
+	done context.CancelFunc // ends loop
 
 	// Only the loop's goroutine touches these.
 	restarts uint32
 	health   *prober
+	noted    string // what the log was told last
 }
 
 func (a *Agent) newController(id contract.WorkloadID) *controller {
@@ -170,6 +211,9 @@ func (a *Agent) newController(id contract.WorkloadID) *controller {
 func (c *controller) set(w *Workload) {
 	c.mu.Lock()
 	c.want = w
+	if c.hurry != nil {
+		c.hurry(w)
+	}
 	c.mu.Unlock()
 	c.loop.Wake()
 }
@@ -180,8 +224,86 @@ func (c *controller) status() (ledger.Report, bool) {
 	return c.report, c.serving
 }
 
-// label names the workload in its sandbox's labels, so that a restarted agent knows its own.
-const label = "workload"
+// Labels of a sandbox: its workload, and as JSON what a restarted agent must know of it without the ledger and the body.
+const (
+	label     = "workload"
+	specLabel = "spec"
+)
+
+// labelled is what is in specLabel.
+type labelled struct {
+	Contract contract.ID
+	Name     string
+	Service  string
+	Replica  uint16
+	Epoch    uint64
+	Revision uint32
+	Fenced   bool
+	Network  string
+	Volumes  []contract.VolumeID
+}
+
+func labels(w *Workload) map[string]string {
+	l := labelled{w.Contract, w.Name, w.Service, w.Replica, w.Epoch, w.Revision, w.Fenced, w.Network, nil}
+	for _, v := range w.Volumes {
+		l.Volumes = append(l.Volumes, v.ID)
+	}
+	b, err := json.Marshal(l)
+	if err != nil {
+		panic(err) // texts and numbers
+	}
+	return map[string]string{label: w.ID.String(), specLabel: string(b)}
+}
+
+// adopt is the Workload that a sandbox was started for, as far as its labels tell; nil when they tell nothing.
+func adopt(s *sandbox.Status) *Workload {
+	id, err := contract.ParseWorkloadID(s.Labels[label])
+	if err != nil {
+		return nil
+	}
+	var l labelled
+	if err := json.Unmarshal([]byte(s.Labels[specLabel]), &l); err != nil {
+		return nil
+	}
+	w := &Workload{
+		ID: id, Contract: l.Contract, Name: l.Name, Service: l.Service, Replica: l.Replica, Epoch: l.Epoch, Revision: l.Revision,
+		Fenced: l.Fenced, Network: l.Network, Process: &contract.Process{}, Instance: s.ID,
+	}
+	for _, v := range l.Volumes {
+		w.Volumes = append(w.Volumes, WorkVolume{ID: v, Created: true})
+	}
+	return w
+}
+
+// adoptable are the workloads of the sandboxes that are here. Of several of one workload it is the one that runs, in the
+// newest epoch, started last.
+func adoptable(all []sandbox.Status) map[contract.WorkloadID]*Workload {
+	out, best := map[contract.WorkloadID]*Workload{}, map[contract.WorkloadID]*sandbox.Status{}
+	for i := range all {
+		s := &all[i]
+		w := adopt(s)
+		if w == nil {
+			continue
+		}
+		if b := best[w.ID]; b != nil {
+			worse := cmp.Or(
+				cmp.Compare(running(s), running(b)), cmp.Compare(w.Epoch, out[w.ID].Epoch), s.StartedAt.Compare(b.StartedAt),
+			) < 0
+			if worse {
+				continue
+			}
+		}
+		out[w.ID], best[w.ID] = w, s
+	}
+	return out
+}
+
+func running(s *sandbox.Status) int {
+	if s.State == sandbox.Running {
+		return 1
+	}
+	return 0
+}
 
 func (c *controller) step(ctx context.Context) (time.Duration, error) {
 	c.mu.Lock()
@@ -201,22 +323,30 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		if _, have := o.instances[w.Instance]; !have && w.Held == "" {
 			o.dependency = c.agent.waitsFor(ctx, w)
 		}
+		for _, v := range w.Volumes {
+			o.volumeLost = o.volumeLost || !c.agent.volumes.Serving(volumeName(v.ID))
+		}
 		if c.health != nil && c.health.instance == w.Instance {
 			o.unhealthy = c.health.failed()
 		}
 	}
 	s := decide(w, o)
+	if o.dependency != "" && s.state == ledger.StateWaiting {
+		c.note(w, "waits for "+o.dependency)
+	}
 	if s.start && w != nil {
 		// What takes long and disturbs nobody comes before the stop of what runs.
 		if err := c.prepare(ctx, w); err != nil {
-			c.say(w, ledger.StateWaiting, err.Error(), false)
+			c.note(w, detail(err))
+			c.say(w, ledger.StateWaiting, public(err), false)
 			return 0, err
 		}
 	}
 	for _, id := range s.stop {
 		c.stopHealth()
 		c.say(w, s.state, s.reason, false)
-		if err := c.agent.runner.Stop(ctx, id); err != nil {
+		st := o.instances[id]
+		if err := c.end(ctx, &st, o.volumeLost || urgent(w, &st, o.leaseOK)); err != nil {
 			return 0, err
 		}
 		c.log.Info("stopped", "instance", id, "reason", s.reason)
@@ -226,14 +356,21 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		if w != nil {
 			c.say(w, s.state, s.reason, false)
 		}
-		return s.again, c.agent.release(ctx, c.id, w)
+		if err := c.agent.release(ctx, c.id, w); err != nil {
+			return 0, err
+		}
+		if w == nil {
+			c.agent.forget(c)
+		}
+		return s.again, nil
 	}
 	if s.start {
 		if s.restart {
 			c.restarts++
 		}
 		if err := c.start(ctx, w); err != nil {
-			c.say(w, ledger.StateFailed, err.Error(), false)
+			c.note(w, detail(err))
+			c.say(w, ledger.StateFailed, public(err), false)
 			return 0, err
 		}
 		c.log.Info("started", "name", w.Name, "instance", w.Instance, "epoch", w.Epoch)
@@ -250,11 +387,51 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	if cur, ok := o.instances[w.Instance]; ok && cur.State != sandbox.Running && !s.start {
+		if cur.Reason != "" && cur.Reason != s.reason {
+			c.note(w, cur.Reason)
+		}
 		c.sayExit(w, s.state, s.reason, cur.ExitCode)
 		return s.again, nil
 	}
 	c.say(w, s.state, s.reason, healthy)
 	return s.again, nil
+}
+
+// end ends one sandbox. A cancellation or a move that comes meanwhile cuts its grace short.
+func (c *controller) end(ctx context.Context, s *sandbox.Status, now bool) error {
+	if now {
+		return c.agent.runner.Kill(ctx, s.ID)
+	}
+	sctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	hurry := func(w *Workload) {
+		if urgent(w, s, true) {
+			cancel()
+		}
+	}
+	c.mu.Lock()
+	c.hurry = hurry
+	hurry(c.want)
+	c.mu.Unlock()
+	err := c.agent.runner.Stop(sctx, s.ID)
+	c.mu.Lock()
+	c.hurry = nil
+	c.mu.Unlock()
+	if sctx.Err() != nil && ctx.Err() == nil {
+		return c.agent.runner.Kill(ctx, s.ID)
+	}
+	return err
+}
+
+// note tells the workload's log, once, what its owner needs to know and nobody else may.
+func (c *controller) note(w *Workload, text string) {
+	if w == nil || w.Instance == "" || text == c.noted {
+		return
+	}
+	c.noted = text
+	if err := c.agent.runner.Note(w.Instance, text); err != nil {
+		c.log.Warn("note in the log", "error", err)
+	}
 }
 
 func (c *controller) say(w *Workload, state, reason string, healthy bool) {
@@ -290,9 +467,23 @@ func (c *controller) prepare(ctx context.Context, w *Workload) error {
 	if img, ok := c.inUse(); ok && img.Manifest == w.Process.Image.Manifest {
 		return nil
 	}
-	img, err := c.agent.runner.Unpack(ctx, c.agent.imageBlobs(&w.Process.Image), w.Process.Image.Manifest)
+	err := c.unpack(ctx, w)
+	if errors.Is(err, sandbox.ErrFull) || errors.Is(err, unix.ENOSPC) {
+		// What nothing uses makes room for the next try.
+		err = errors.Join(err, c.agent.prune(ctx, time.Second))
+	}
 	if err != nil {
-		return fmt.Errorf("image %s: %w", w.Process.Image.Reference, err)
+		return &failure{imageWords(err), fmt.Errorf("image %s: %w", w.Process.Image.Reference, err)}
+	}
+	return nil
+}
+
+func (c *controller) unpack(ctx context.Context, w *Workload) error {
+	c.agent.unpacking.RLock()
+	defer c.agent.unpacking.RUnlock()
+	img, err := c.agent.runner.Unpack(ctx, w.Contract.String(), c.agent.imageBlobs(&w.Process.Image), w.Process.Image.Manifest)
+	if err != nil {
+		return err
 	}
 	c.mu.Lock()
 	c.image, c.imageOf = img, w.Process.Image.Manifest
@@ -314,18 +505,18 @@ func (c *controller) start(ctx context.Context, w *Workload) error {
 		User: w.Process.User, Hostname: hostname(w), ReadOnly: w.Process.ReadOnly, CapAdd: w.Process.CapAdd, CapDrop: w.Process.CapDrop,
 		CPUMilli: int64(w.Limits.CPUMilli), MemoryBytes: int64(w.Limits.Memory), Pids: int64(w.Limits.Pids),
 		StopSignal: w.Process.StopSignal, StopGrace: w.Process.StopGrace, Fenced: w.Fenced,
-		Labels: map[string]string{label: w.ID.String()},
+		Labels: labels(w),
 	}
 	mounts := map[string]string{}
 	for _, v := range w.Volumes {
 		dir, err := c.agent.volumes.Open(ctx, volume.Spec{ID: volumeName(v.ID), Size: v.Size, Key: v.Key, Create: !v.Created})
 		if err != nil {
-			return fmt.Errorf("volume %s: %w", v.Name, err)
+			return &failure{volumeWords(err), fmt.Errorf("volume %s: %w", v.Name, err)}
 		}
 		if !v.Created {
 			// Before the first byte of data: from now on an absent disk is a loss, on the ledger.
 			if err := c.agent.volumeCreated(ctx, v.ID); err != nil {
-				return fmt.Errorf("volume %s: %w", v.Name, err)
+				return &failure{"the ledger does not take the volume yet", fmt.Errorf("volume %s: %w", v.Name, err)}
 			}
 		}
 		mounts[v.Name] = dir
@@ -342,17 +533,79 @@ func (c *controller) start(ctx context.Context, w *Workload) error {
 	spec.Files = append(spec.Files, nameFiles(w)...)
 	net := c.agent.network(w.Network)
 	if net == nil {
-		return fmt.Errorf("network %s is not up yet", w.Network)
+		return &failure{notUp, fmt.Errorf("network %s is not up yet", w.Network)}
 	}
 	// A sandbox takes the addresses of its namespace with it: every start needs a fresh one.
 	err := net.Detach(ctx, attachmentID(w.ID))
+	if err == nil {
+		spec.NetNS, err = net.Attach(ctx, overlay.Attachment{ID: attachmentID(w.ID), Addr: w.Address})
+	}
 	if err != nil {
-		return err
+		return &failure{notUp, err}
 	}
-	if spec.NetNS, err = net.Attach(ctx, overlay.Attachment{ID: attachmentID(w.ID), Addr: w.Address}); err != nil {
-		return err
+	if err := c.agent.runner.Start(ctx, spec); err != nil {
+		return &failure{notStarted, err}
 	}
-	return c.agent.runner.Start(ctx, spec)
+	return nil
+}
+
+// failure is an error with two faces. words are fixed and go to the ledger's reports and the node's log, where everybody or
+// the farm's owner reads them; detail may quote what is sealed, and goes to the workload's log, which is its owner's.
+type failure struct {
+	words  string
+	detail error
+}
+
+func (f *failure) Error() string { return f.words }
+func (f *failure) Unwrap() error { return f.detail }
+
+// public is what a report says of an error: fixed words, whatever the error quotes.
+func public(err error) string {
+	var f *failure
+	switch {
+	case errors.As(err, &f):
+		return f.words
+	case errors.Is(err, errNoEnvelope):
+		return errNoEnvelope.Error()
+	case errors.Is(err, contract.ErrBody):
+		return contract.ErrBody.Error()
+	case errors.Is(err, errNoBody):
+		return errNoBody.Error()
+	}
+	return "the contract cannot be opened"
+}
+
+// detail is all that is known of an error.
+func detail(err error) string {
+	var f *failure
+	if errors.As(err, &f) {
+		return f.words + ": " + f.detail.Error()
+	}
+	return err.Error()
+}
+
+const (
+	notStarted = "it could not be started: its log says why"
+	notUp      = "its network is not up yet"
+)
+
+func imageWords(err error) string {
+	switch {
+	case errors.Is(err, sandbox.ErrImage), errors.Is(err, store.ErrDigest), errors.Is(err, seal.ErrSealed):
+		return "image refused: it is malformed, or has another digest"
+	case errors.Is(err, sandbox.ErrFull), errors.Is(err, unix.ENOSPC):
+		return "no room for the image"
+	}
+	return "the image cannot be had"
+}
+
+func volumeWords(err error) string {
+	for _, known := range []error{volume.ErrLost, volume.ErrKey, volume.ErrFormat} {
+		if errors.Is(err, known) {
+			return known.Error()
+		}
+	}
+	return "its volume cannot be opened"
 }
 
 func volumeName(id contract.VolumeID) string     { return id.Short() + "-" + fmt.Sprintf("%x", id[:8]) }
@@ -408,17 +661,23 @@ func (c *controller) stopHealth() {
 	}
 }
 
+// pace is how often a health check runs and how long it may. Each run costs work outside the workload's limits: no
+// contract makes it run without a pause.
+func pace(h *contract.Healthcheck) (interval, timeout time.Duration) {
+	of := func(d time.Duration) time.Duration {
+		if d <= 0 {
+			return contract.DefaultInterval
+		}
+		return max(d, time.Second)
+	}
+	return of(h.Interval), of(h.Timeout)
+}
+
 // startProber probes often until the first success, then at the interval. Failures within the start period do not
 // count.
 func (c *controller) startProber(ctx context.Context, w *Workload) *prober {
 	h := w.Process.Health
-	or := func(d, otherwise time.Duration) time.Duration {
-		if d > 0 {
-			return d
-		}
-		return otherwise
-	}
-	interval, timeout := or(h.Interval, 30*time.Second), or(h.Timeout, 30*time.Second)
+	interval, timeout := pace(h)
 	p := &prober{instance: w.Instance, done: make(chan struct{}), retries: h.Retries, grace: time.Now().Add(h.StartPeriod)}
 	if p.retries == 0 {
 		p.retries = 3
@@ -463,5 +722,7 @@ func (c *controller) startProber(ctx context.Context, w *Workload) *prober {
 	}()
 	return p
 }
+
+var errNoBody = errors.New("the sealed body cannot be had")
 
 var errNoEnvelope = errors.New("no envelope for this node yet: another holder or the owner must seal one")

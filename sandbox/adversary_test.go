@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,7 +34,7 @@ func (l *lab) image(entries ...testimage.Entry) Image {
 	}
 	entries = append([]testimage.Entry{{Header: tar.Header{Name: "server"}, Data: bin}}, entries...)
 	img := testimage.New(ocispec.ImageConfig{Entrypoint: []string{"/server"}}, testimage.Layer(entries...))
-	out, err := l.Unpack(l.t.Context(), img, img.Manifest)
+	out, err := l.Unpack(l.t.Context(), "owner", img, img.Manifest)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -202,7 +203,7 @@ func TestTamperedImageStartsNothing(t *testing.T) {
 	if err := l.Prune(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.Unpack(t.Context(), liar{l.blobs, layer, changed}, l.blobs.Manifest); !errors.Is(err, ErrImage) {
+	if _, err := l.Unpack(t.Context(), "owner", liar{l.blobs, layer, changed}, l.blobs.Manifest); !errors.Is(err, ErrImage) {
 		t.Fatalf("tampered layer: %v", err)
 	}
 	if left, _ := filepath.Glob(filepath.Join(l.cfg.Dir, "layers", "*")); len(left) > 0 {
@@ -214,7 +215,7 @@ func TestTamperedImageStartsNothing(t *testing.T) {
 	if left := l.leftovers(); len(left) > 0 {
 		t.Errorf("left %v", left)
 	}
-	if img, err := l.Unpack(t.Context(), l.blobs, l.blobs.Manifest); err != nil {
+	if img, err := l.Unpack(t.Context(), "owner", l.blobs, l.blobs.Manifest); err != nil {
 		t.Errorf("control: %v", err)
 	} else {
 		l.img = img
@@ -450,7 +451,15 @@ func (l *lab) lease(d time.Duration) {
 	l.t.Helper()
 	var ts unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
-	if err := os.WriteFile(l.cfg.Lease+".new", binary.LittleEndian.AppendUint64(nil, uint64(ts.Nano()+int64(d))), 0o600); err != nil {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	id, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(string(boot)), "-", ""))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if err := os.WriteFile(l.cfg.Lease+".new", append(binary.LittleEndian.AppendUint64(nil, uint64(ts.Nano()+int64(d))), id...), 0o600); err != nil {
 		l.t.Fatal(err)
 	}
 	if err := os.Rename(l.cfg.Lease+".new", l.cfg.Lease); err != nil {
@@ -463,16 +472,25 @@ func TestAnUnreadableLeaseIsAnEndedOne(t *testing.T) {
 	for name, spoil := range map[string]func() error{
 		"missing": func() error { return os.Remove(l.cfg.Lease) },
 		"short":   func() error { return os.WriteFile(l.cfg.Lease, []byte{1, 2, 3}, 0o600) },
-		"long":    func() error { return os.WriteFile(l.cfg.Lease, make([]byte, 9), 0o600) },
+		"long":    func() error { return os.WriteFile(l.cfg.Lease, make([]byte, LeaseSize+1), 0o600) },
+		"of another boot": func() error {
+			b, err := os.ReadFile(l.cfg.Lease)
+			if err != nil {
+				return err
+			}
+			b[8] ^= 1
+			return os.WriteFile(l.cfg.Lease, b, 0o600)
+		},
 	} {
 		l.lease(time.Hour)
-		l.start("f-"+name, func(s *Spec) { s.Fenced = true })
+		id := "f-" + strings.ReplaceAll(name, " ", "-")
+		l.start(id, func(s *Spec) { s.Fenced = true })
 		begin := time.Now()
 		if err := spoil(); err != nil {
 			t.Fatal(err)
 		}
-		l.until("the fence", func() bool { return l.state("f-"+name).State == Exited })
-		if d := l.state("f-" + name).FinishedAt.Sub(begin); d > time.Second {
+		l.until("the fence", func() bool { return l.state(id).State == Exited })
+		if d := l.state(id).FinishedAt.Sub(begin); d > time.Second {
 			t.Errorf("%s lease: ended after %v", name, d)
 		}
 	}
@@ -502,6 +520,43 @@ func TestTheFenceDoesNotWaitForAGrace(t *testing.T) {
 		}
 	case <-time.After(3 * time.Second):
 		t.Error("its lease has ended, and it uses the rest of its grace")
+	}
+}
+
+// What was cancelled or moved away has no grace, whatever its contract asks; a stop that is under way makes room.
+func TestKillDoesNotWaitForAGrace(t *testing.T) {
+	l := newLab(t)
+	l.start("deaf", func(s *Spec) { s.Args, s.StopGrace = []string{"/server", "stubborn"}, 1000*time.Hour })
+	var sh shimFile
+	if err := readJSON(filepath.Join(l.bundle("deaf"), "shim.json"), &sh); err != nil || sh.Grace != MaxGrace {
+		t.Errorf("a grace of 1000 h became %v: %v", sh.Grace, err)
+	}
+	l.until("the trap", func() bool {
+		var out strings.Builder
+		l.Logs(t.Context(), "deaf", false, 1, &out)
+		return strings.Contains(out.String(), "ignoring")
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	stopped := make(chan error, 1)
+	go func() { stopped <- l.Stop(ctx, "deaf") }()
+	select {
+	case err := <-stopped:
+		t.Fatalf("control: it did not use its grace: %v", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	cancel()
+	if err := <-stopped; err == nil {
+		t.Fatal("control: the stop had an end of its own")
+	}
+	begin := time.Now()
+	if err := l.Kill(t.Context(), "deaf"); err != nil {
+		t.Fatal(err)
+	}
+	if d := time.Since(begin); d > 3*time.Second {
+		t.Errorf("killed after %v", d)
+	}
+	if left := l.leftovers(); len(left) > 0 {
+		t.Errorf("left %v", left)
 	}
 }
 

@@ -76,7 +76,7 @@ func BenchmarkUnpack(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(layer)))
 			for b.Loop() {
-				if _, err := r.Unpack(b.Context(), img, img.Manifest); err != nil {
+				if _, err := r.Unpack(b.Context(), "owner", img, img.Manifest); err != nil {
 					b.Fatal(err)
 				}
 				b.StopTimer()

@@ -102,7 +102,7 @@ func boxMode(file string) error {
 	if err != nil {
 		return err
 	}
-	img, err := r.Unpack(ctx, in.Image, in.Image.Manifest)
+	img, err := r.Unpack(ctx, "owner", in.Image, in.Image.Manifest)
 	if err != nil {
 		return err
 	}

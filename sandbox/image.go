@@ -55,17 +55,21 @@ type Image struct {
 	WorkingDir string
 }
 
-// Unpack makes an image ready. Each blob must have its digest and size, each layer its diffID; what is wrong is refused
-// and leaves nothing. Layers that are there already are used again.
-func (r *Runner) Unpack(ctx context.Context, blobs Blobs, manifest string) (Image, error) {
-	img, err := r.unpack(ctx, blobs, manifest)
+// ErrFull is returned when unpacked layers would take more than Config.Layers.
+var ErrFull = errors.New("no room for another layer")
+
+// Unpack makes an image ready for an owner. Each blob must have its digest and size, each layer its diffID; what is wrong
+// is refused and leaves nothing. A layer that is there already is used again by an owner whose blobs have given all its
+// bytes once: a diffID is no secret, so that naming one must not give what is behind it.
+func (r *Runner) Unpack(ctx context.Context, owner string, blobs Blobs, manifest string) (Image, error) {
+	img, err := r.unpack(ctx, owner, blobs, manifest)
 	if err != nil {
 		return Image{}, fmt.Errorf("unpack %s: %w", manifest, err)
 	}
 	return img, nil
 }
 
-func (r *Runner) unpack(ctx context.Context, blobs Blobs, manifest string) (Image, error) {
+func (r *Runner) unpack(ctx context.Context, owner string, blobs Blobs, manifest string) (Image, error) {
 	raw, err := readBlob(ctx, blobs, manifest, -1, maxManifest)
 	if err != nil {
 		return Image{}, err
@@ -123,7 +127,7 @@ func (r *Runner) unpack(ctx context.Context, blobs Blobs, manifest string) (Imag
 		if err != nil {
 			return Image{}, fmt.Errorf("%w: diffID of layer %d: %w", ErrImage, i, err)
 		}
-		n, err := r.layer(ctx, blobs, l, id, room)
+		n, err := r.layer(ctx, owner, blobs, l, id, room)
 		if err != nil {
 			return Image{}, fmt.Errorf("layer %d: %w", i, err)
 		}
@@ -168,25 +172,54 @@ func readBlob(ctx context.Context, blobs Blobs, digest string, size, limit int64
 	return b, nil
 }
 
-// layer unpacks one layer unless it is there, and returns the bytes that it takes.
-func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor, id string, room int64) (int64, error) {
-	defer r.lock("layer-" + id)()
-	dir := filepath.Join(r.cfg.Dir, "layers", id)
-	var size int64
-	if readJSON(dir+".json", &size) == nil {
-		if size > room {
-			return 0, fmt.Errorf("%w: it unpacks to more than %d bytes", ErrImage, r.cfg.Image)
-		}
-		return size, nil
+// mark says that a layer is there, in layers/HEX.json.
+type mark struct {
+	Size   int64
+	Packed map[string][]string // the blobs that unpack to it, by digest, and the owners who had them
+}
+
+func (m *mark) add(blob, owner string) {
+	if m.Packed == nil {
+		m.Packed = map[string][]string{}
 	}
-	want, err := digestHex(string(desc.Digest))
-	if err != nil {
+	m.Packed[blob] = append(m.Packed[blob], owner)
+}
+
+// layer unpacks one layer unless it is there, and returns the bytes that it takes.
+func (r *Runner) layer(ctx context.Context, owner string, blobs Blobs, desc ocispec.Descriptor, id string, room int64) (int64, error) {
+	defer r.lock("layer-" + id)()
+	blob := string(desc.Digest)
+	if _, err := digestHex(blob); err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrImage, err)
 	}
 	if desc.Size < 0 {
 		return 0, fmt.Errorf("%w: size %d", ErrImage, desc.Size)
 	}
+	dir := filepath.Join(r.cfg.Dir, "layers", id)
+	var m mark
+	if readJSON(dir+".json", &m) == nil {
+		if m.Size > room {
+			return 0, fmt.Errorf("%w: it unpacks to more than %d bytes", ErrImage, r.cfg.Image)
+		}
+		owners, seen := m.Packed[blob]
+		if slices.Contains(owners, owner) {
+			return m.Size, nil
+		}
+		// Every byte is read and none is written. Of a blob that is known to unpack to this layer the packed bytes will do.
+		to := func(plain *counter) (err error) { _, err = io.Copy(io.Discard, plain); return err }
+		if seen {
+			to = nil
+		}
+		if err := readLayer(ctx, blobs, desc, id, room, to); err != nil {
+			return 0, err
+		}
+		m.add(blob, owner)
+		return m.Size, writeJSON(dir+".json", m)
+	}
 	if err := os.MkdirAll(filepath.Join(r.cfg.Dir, "layers"), 0o700); err != nil {
+		return 0, err
+	}
+	if err := r.take(0); err != nil {
 		return 0, err
 	}
 	tmp := filepath.Join(r.cfg.Dir, "layers", unpacking+id) // one name, so that what a killed process left is found
@@ -196,44 +229,118 @@ func (r *Runner) layer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor
 	if err := os.Mkdir(tmp, 0o700); err != nil {
 		return 0, err
 	}
-	defer os.RemoveAll(tmp)
+	taken := int64(0)
+	defer func() {
+		if os.RemoveAll(tmp) == nil {
+			r.take(-taken)
+		}
+	}()
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return 0, err
 	}
+	err := readLayer(ctx, blobs, desc, id, room, func(plain *counter) (err error) {
+		m.Size, err = untar(ctx, plain, tmp, room, func(n int64) error {
+			if err := r.take(n); err != nil {
+				return err
+			}
+			taken += n
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	if err := os.RemoveAll(dir); err != nil { // of a process that died between the rename and the mark
+		return 0, err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return 0, err
+	}
+	m.add(blob, owner)
+	if err := writeJSON(dir+".json", m); err != nil {
+		return 0, errors.Join(err, os.RemoveAll(dir))
+	}
+	taken = 0 // it stays
+	return m.Size, nil
+}
+
+// readLayer reads a layer's blob to its end. It must have its digest and size, and what it unpacks to, which is given to
+// to, the diffID; without to only the packed bytes are looked at.
+func readLayer(ctx context.Context, blobs Blobs, desc ocispec.Descriptor, id string, room int64, to func(plain *counter) error) error {
 	f, err := blobs.Open(ctx, string(desc.Digest))
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer f.Close()
-	packed := &counter{r: io.LimitReader(f, desc.Size+1), h: sha256.New()}
-	plain, done, err := decompress(packed)
-	if err != nil {
-		return 0, fmt.Errorf("%w: %w", ErrImage, err)
-	}
-	defer done()
-	diff := &counter{r: plain, h: sha256.New(), limit: room + room/8 + 64<<20, packed: packed} // headers and padding of the tar come on top
-	if size, err = untar(ctx, diff, tmp, room); err != nil {
-		return 0, err
+	packed := &counter{ctx: ctx, r: io.LimitReader(f, desc.Size+1), h: sha256.New()}
+	read := []*counter{packed}
+	if to != nil {
+		plain, done, err := decompress(packed)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrImage, err)
+		}
+		defer done()
+		// Headers and padding of the tar come on top of the room.
+		diff := &counter{ctx: ctx, r: plain, h: sha256.New(), limit: room + room/8 + 64<<20, packed: packed}
+		if err := to(diff); err != nil {
+			return err
+		}
+		read = []*counter{diff, packed}
 	}
 	// What follows the tar's end counts for both digests.
-	for _, c := range []*counter{diff, packed} {
+	for _, c := range read {
 		if _, err := io.Copy(io.Discard, c); err != nil {
-			return 0, fmt.Errorf("%w: %w", ErrImage, err)
+			return fmt.Errorf("%w: %w", ErrImage, err)
 		}
 	}
 	switch {
 	case packed.n != desc.Size:
-		return 0, fmt.Errorf("%w: it has %d bytes or more, the manifest says %d", ErrImage, packed.n, desc.Size)
-	case hex.EncodeToString(packed.h.Sum(nil)) != want:
-		return 0, fmt.Errorf("%w: bytes of %s have another digest", ErrImage, desc.Digest)
-	case hex.EncodeToString(diff.h.Sum(nil)) != id:
-		return 0, fmt.Errorf("%w: it unpacks to another diffID than %s", ErrImage, id)
+		return fmt.Errorf("%w: it has %d bytes or more, the manifest says %d", ErrImage, packed.n, desc.Size)
+	case "sha256:"+hex.EncodeToString(packed.h.Sum(nil)) != string(desc.Digest):
+		return fmt.Errorf("%w: bytes of %s have another digest", ErrImage, desc.Digest)
+	case to != nil && hex.EncodeToString(read[0].h.Sum(nil)) != id:
+		return fmt.Errorf("%w: it unpacks to another diffID than %s", ErrImage, id)
 	}
-	os.RemoveAll(dir) // of a process that died between the rename and the mark
-	if err := os.Rename(tmp, dir); err != nil {
-		return 0, err
+	return nil
+}
+
+// take counts n more bytes of unpacked layers. The tmpfs that they lie on also holds what all sandboxes need to live, so
+// that no image may fill it.
+func (r *Runner) take(n int64) error {
+	r.layers.Lock()
+	defer r.layers.Unlock()
+	if !r.layers.known {
+		all, err := os.ReadDir(filepath.Join(r.cfg.Dir, "layers"))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, l := range all {
+			p := filepath.Join(r.cfg.Dir, "layers", l.Name())
+			var m mark
+			switch {
+			case strings.HasPrefix(l.Name(), unpacking): // of a process before this one: nothing is unpacked before this
+				if err := os.RemoveAll(p); err != nil {
+					return err
+				}
+			case readJSON(p, &m) == nil:
+				r.layers.used += m.Size
+			}
+		}
+		if r.cfg.Layers <= 0 {
+			var st unix.Statfs_t
+			if err := unix.Statfs(r.cfg.Dir, &st); err != nil {
+				return fmt.Errorf("size of %s: %w", r.cfg.Dir, err)
+			}
+			r.cfg.Layers = int64(st.Blocks) * st.Bsize / 2
+		}
+		r.layers.known = true
 	}
-	return size, writeJSON(dir+".json", size)
+	if n > 0 && r.layers.used+n > r.cfg.Layers {
+		return fmt.Errorf("%w: all together may take %d bytes", ErrFull, r.cfg.Layers)
+	}
+	r.layers.used += n
+	return nil
 }
 
 // unpacking is how the directory of a layer begins that is not there yet.
@@ -241,6 +348,7 @@ const unpacking = ".unpack-"
 
 // counter hashes and counts what is read, and fails at its limits.
 type counter struct {
+	ctx    context.Context
 	r      io.Reader
 	h      hash.Hash
 	n      int64
@@ -255,6 +363,9 @@ const (
 )
 
 func (c *counter) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
 	n, err := c.r.Read(p)
 	c.h.Write(p[:n])
 	c.n += int64(n)
@@ -293,8 +404,9 @@ func decompress(r io.Reader) (io.Reader, func(), error) {
 }
 
 // untar unpacks a layer into dir, which nothing in it can leave: every path is resolved beneath dir by the kernel's
-// rules for os.Root. Whiteouts become overlayfs's own.
-func untar(ctx context.Context, r io.Reader, dir string, room int64) (int64, error) {
+// rules for os.Root. Whiteouts become overlayfs's own. Each entry is paid with take before it is made: its pages, and what
+// the kernel needs to remember it.
+func untar(ctx context.Context, r io.Reader, dir string, room int64, take func(int64) error) (int64, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return 0, err
@@ -319,14 +431,27 @@ func untar(ctx context.Context, r io.Reader, dir string, room int64) (int64, err
 		if entries >= maxEntries {
 			return 0, fmt.Errorf("%w: more than %d entries", ErrImage, maxEntries)
 		}
-		if size += h.Size + 512; h.Size < 0 || size > room {
+		if h.Size < 0 || h.Size > room {
 			return 0, fmt.Errorf("%w: it unpacks to more than is allowed", ErrImage)
+		}
+		n := (h.Size+pageSize-1)/pageSize*pageSize + inodeSize
+		if size += n; size > room {
+			return 0, fmt.Errorf("%w: it unpacks to more than is allowed", ErrImage)
+		}
+		if err := take(n); err != nil {
+			return 0, err
 		}
 		if err := unpackEntry(root, tr, h); err != nil {
 			return 0, fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 	}
 }
+
+// What a tmpfs keeps of a file: whole pages, and about as much as this beside them.
+const (
+	pageSize  = 4096
+	inodeSize = 1024
+)
 
 const (
 	whiteout = ".wh."
@@ -507,6 +632,9 @@ func attributes(root *os.Root, name string, h *tar.Header) error {
 
 // Prune removes the layers of images that are not kept and that no sandbox uses.
 func (r *Runner) Prune(ctx context.Context, keep []Image) error {
+	if err := r.take(0); err != nil {
+		return fmt.Errorf("prune layers: %w", err)
+	}
 	used := map[string]bool{}
 	for _, img := range keep {
 		for _, l := range img.Layers {
@@ -539,8 +667,15 @@ func (r *Runner) Prune(ctx context.Context, keep []Image) error {
 			continue // it is just being unpacked
 		}
 		p := filepath.Join(r.cfg.Dir, "layers", id)
+		var m mark
+		if readJSON(p+".json", &m) != nil {
+			m.Size = 0
+		}
 		// The mark goes first: a layer without one is unpacked anew.
 		err := errors.Join(removeIfThere(p+".json"), os.RemoveAll(p), os.RemoveAll(filepath.Join(r.cfg.Dir, "layers", unpacking+id)))
+		if err == nil {
+			err = r.take(-m.Size)
+		}
 		unlock()
 		if err != nil {
 			return fmt.Errorf("prune layer %s: %w", id, err)

@@ -14,6 +14,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"testing"
@@ -66,7 +67,7 @@ func TestMaliciousLayersAreRefused(t *testing.T) {
 	} {
 		r := runner(t)
 		img := testimage.New(ocispec.ImageConfig{}, layer)
-		if _, err := r.Unpack(t.Context(), img, img.Manifest); err == nil {
+		if _, err := r.Unpack(t.Context(), "owner", img, img.Manifest); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 		if _, err := os.Lstat(outside); err == nil {
@@ -78,7 +79,7 @@ func TestMaliciousLayersAreRefused(t *testing.T) {
 	}
 	r := runner(t)
 	img := testimage.New(ocispec.ImageConfig{}, testimage.Layer(file("d/f", "x"), entry("l", tar.TypeSymlink, "/etc/passwd"), entry("h", tar.TypeLink, "d/f")))
-	if _, err := r.Unpack(t.Context(), img, img.Manifest); err != nil {
+	if _, err := r.Unpack(t.Context(), "owner", img, img.Manifest); err != nil {
 		t.Errorf("control: %v", err)
 	}
 }
@@ -111,7 +112,7 @@ func TestDecompressionBombs(t *testing.T) {
 		if bytes.HasPrefix(c.layer, []byte{0x1f, 0x8b}) {
 			img = packed(t, c.layer)
 		}
-		_, err = r.Unpack(t.Context(), img, img.Manifest)
+		_, err = r.Unpack(t.Context(), "owner", img, img.Manifest)
 		if c.refuse == "" && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -171,7 +172,7 @@ func TestCompressions(t *testing.T) {
 	for name, b := range map[string][]byte{"none": layer, "gzip": zipped(layer), "two gzip members": append(zipped(layer[:700]), zipped(layer[700:])...), "zstd": enc.EncodeAll(layer, nil)} {
 		r := runner(t)
 		img := packed(t, b)
-		got, err := r.Unpack(t.Context(), img, img.Manifest)
+		got, err := r.Unpack(t.Context(), "owner", img, img.Manifest)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -187,7 +188,7 @@ func TestCompressions(t *testing.T) {
 		}
 		for what, bad := range bads {
 			r := runner(t)
-			if _, err := r.Unpack(t.Context(), liar{img, testimage.Digest(b), bad}, img.Manifest); err == nil {
+			if _, err := r.Unpack(t.Context(), "owner", liar{img, testimage.Digest(b), bad}, img.Manifest); err == nil {
 				t.Errorf("%s, %s: accepted", name, what)
 			}
 		}
@@ -222,7 +223,7 @@ func TestIndexes(t *testing.T) {
 		"an index in an index":              {index(desc(index(right), "linux", "amd64", 0)), "index in an index"},
 		"both an index and a manifest":      {put(both), "both an index and a manifest"},
 	} {
-		got, err := runner(t).Unpack(t.Context(), img, c.digest)
+		got, err := runner(t).Unpack(t.Context(), "owner", img, c.digest)
 		if c.refuse == "" && (err != nil || len(got.Layers) != 1) {
 			t.Errorf("%s: %v %v", name, got, err)
 		}
@@ -258,7 +259,7 @@ func TestTamperedBlobsAreRefused(t *testing.T) {
 		changed[len(changed)/2] ^= 1
 		for name, with := range map[string][]byte{"a flipped bit": changed, "a byte more": append(bytes.Clone(b), 0), "a byte less": b[:len(b)-1], "nothing": nil, "another manifest": evil.Blobs[evil.Manifest]} {
 			r := runner(t)
-			if _, err := r.Unpack(t.Context(), liar{good, d, with}, good.Manifest); err == nil {
+			if _, err := r.Unpack(t.Context(), "owner", liar{good, d, with}, good.Manifest); err == nil {
 				t.Errorf("%s with %s was accepted", d, name)
 			}
 			if left, _ := filepath.Glob(filepath.Join(r.cfg.Dir, "layers", "*")); len(left) > 0 {
@@ -266,7 +267,7 @@ func TestTamperedBlobsAreRefused(t *testing.T) {
 			}
 		}
 	}
-	if _, err := runner(t).Unpack(t.Context(), good, good.Manifest); err != nil {
+	if _, err := runner(t).Unpack(t.Context(), "owner", good, good.Manifest); err != nil {
 		t.Errorf("control: %v", err)
 	}
 }
@@ -286,16 +287,16 @@ func TestALayerMustHaveTheDiffIDThatItsConfigurationNames(t *testing.T) {
 	// All blobs have their digests; only the configuration names another tar.
 	config := string(m.Config.Digest)
 	manifest := swap(img.Manifest, config, swap(config, testimage.Digest(a), testimage.Digest(b)))
-	if _, err := runner(t).Unpack(t.Context(), img, manifest); !errors.Is(err, ErrImage) || !strings.Contains(err.Error(), "diffID") {
+	if _, err := runner(t).Unpack(t.Context(), "owner", img, manifest); !errors.Is(err, ErrImage) || !strings.Contains(err.Error(), "diffID") {
 		t.Errorf("another diffID: %v", err)
 	}
 	// And its descriptor another size.
 	size := fmt.Sprintf(`"size":%d`, len(a))
 	manifest = swap(img.Manifest, size, fmt.Sprintf(`"size":%d`, len(a)+1))
-	if _, err := runner(t).Unpack(t.Context(), img, manifest); !errors.Is(err, ErrImage) || !strings.Contains(err.Error(), "the manifest says") {
+	if _, err := runner(t).Unpack(t.Context(), "owner", img, manifest); !errors.Is(err, ErrImage) || !strings.Contains(err.Error(), "the manifest says") {
 		t.Errorf("another size: %v", err)
 	}
-	if _, err := runner(t).Unpack(t.Context(), img, img.Manifest); err != nil {
+	if _, err := runner(t).Unpack(t.Context(), "owner", img, img.Manifest); err != nil {
 		t.Errorf("control: %v", err)
 	}
 }
@@ -359,7 +360,7 @@ func TestLayersLieOverEachOther(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := onTmpfs(t)
 			img := testimage.New(ocispec.ImageConfig{}, below, testimage.Layer(c.top...))
-			got, err := r.Unpack(t.Context(), img, img.Manifest)
+			got, err := r.Unpack(t.Context(), "owner", img, img.Manifest)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -377,7 +378,7 @@ func TestAnImageMayHaveManyLayers(t *testing.T) {
 		layers = append(layers, testimage.Layer(file("n", strconv.Itoa(i)), file("f"+strconv.Itoa(i), "")))
 	}
 	img := testimage.New(ocispec.ImageConfig{}, layers...)
-	got, err := r.Unpack(t.Context(), img, img.Manifest)
+	got, err := r.Unpack(t.Context(), "owner", img, img.Manifest)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -385,7 +386,7 @@ func TestAnImageMayHaveManyLayers(t *testing.T) {
 		t.Errorf("%d files, n is %s", len(m), m["n"])
 	}
 	img = testimage.New(ocispec.ImageConfig{}, append(layers, testimage.Layer(file("x", "")))...)
-	if _, err := r.Unpack(t.Context(), img, img.Manifest); !errors.Is(err, ErrImage) {
+	if _, err := r.Unpack(t.Context(), "owner", img, img.Manifest); !errors.Is(err, ErrImage) {
 		t.Errorf("one layer more: %v", err)
 	}
 }
@@ -393,7 +394,7 @@ func TestAnImageMayHaveManyLayers(t *testing.T) {
 func TestPrune(t *testing.T) {
 	r := onTmpfs(t)
 	img := testimage.New(ocispec.ImageConfig{}, testimage.Layer(file("a", "1")), testimage.Layer(file("b", "1")))
-	got, err := r.Unpack(t.Context(), img, img.Manifest)
+	got, err := r.Unpack(t.Context(), "owner", img, img.Manifest)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -424,6 +425,133 @@ func TestPrune(t *testing.T) {
 	}
 	if err := r.Prune(t.Context(), nil); err != nil || len(left()) != 0 {
 		t.Errorf("used by nobody: %v %v", left(), err)
+	}
+}
+
+// counting counts how often each blob is read.
+type counting struct {
+	*testimage.Image
+	read map[string]int
+}
+
+func (c counting) Open(ctx context.Context, d string) (io.ReadCloser, error) {
+	c.read[d]++
+	return c.Image.Open(ctx, d)
+}
+
+// A tenant knows the diffID of another's layer, which is unpacked on the node: from a plan, a log, a public image's page.
+// He writes an image that names it, with a blob of his own under it, or with a blob whose digest he knows and nothing else.
+func TestWhoKnowsADiffIDDoesNotHaveTheLayer(t *testing.T) {
+	r := onTmpfs(t)
+	secret := testimage.Layer(file("secret", "of the victim"))
+	victim := testimage.New(ocispec.ImageConfig{}, secret)
+	if _, err := r.Unpack(t.Context(), "victim", victim, victim.Manifest); err != nil {
+		t.Fatal(err)
+	}
+	own := zipped(testimage.Layer(file("own", "of the attacker")))
+	forged := func(blob []byte, give bool) *testimage.Image {
+		img := &testimage.Image{Blobs: map[string][]byte{}}
+		put := func(b []byte) digest.Digest {
+			img.Blobs[testimage.Digest(b)] = b
+			return digest.Digest(testimage.Digest(b))
+		}
+		c, _ := json.Marshal(ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{digest.Digest(testimage.Digest(secret))}}})
+		l := ocispec.Descriptor{Digest: put(blob), Size: int64(len(blob))}
+		if !give {
+			delete(img.Blobs, string(l.Digest))
+		}
+		m, _ := json.Marshal(ocispec.Manifest{Config: ocispec.Descriptor{Digest: put(c), Size: int64(len(c))}, Layers: []ocispec.Descriptor{l}})
+		img.Manifest = string(put(m))
+		return img
+	}
+	lied := forged(secret, true)
+	lied.Blobs[testimage.Digest(secret)] = bytes.Repeat([]byte{1}, len(secret))
+	for what, img := range map[string]*testimage.Image{
+		"the digest of the blob and not its bytes": forged(secret, false), "a blob of his own": forged(own, true), "other bytes under the digest": lied,
+	} {
+		if got, err := r.Unpack(t.Context(), "attacker", img, img.Manifest); err == nil {
+			t.Errorf("with %s he runs with %v", what, merged(t, r, got))
+		}
+	}
+	// The control: another who has the layer, packed in his own way, shares it, and nobody reads it twice.
+	again := counting{forged(zipped(secret), true), map[string]int{}}
+	blob := testimage.Digest(zipped(secret))
+	for i := range 2 {
+		got, err := r.Unpack(t.Context(), "honest", again, again.Manifest)
+		if err != nil || !reflect.DeepEqual(merged(t, r, got), map[string]string{"secret": "of the victim"}) {
+			t.Fatalf("control %d: %v", i, err)
+		}
+	}
+	if n := again.read[blob]; n != 1 {
+		t.Errorf("the blob was read %d times", n)
+	}
+	// A runner after this one knows it too: nothing is read again for a restart.
+	r2, err := New(r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r2.Unpack(t.Context(), "honest", again, again.Manifest); err != nil || again.read[blob] != 1 {
+		t.Errorf("after a restart: %d times, %v", again.read[blob], err)
+	}
+	if _, err := r2.Unpack(t.Context(), "attacker", forged(zipped(secret), false), again.Manifest); err == nil {
+		t.Error("after a restart the attacker has it")
+	}
+}
+
+// Layers share the tmpfs with what all workloads need to live.
+func TestLayersTogetherAreBounded(t *testing.T) {
+	r := onTmpfs(t)
+	r.cfg.Layers = 3 << 20
+	images := map[string]*testimage.Image{}
+	for _, name := range []string{"a", "b", "c"} {
+		images[name] = testimage.New(ocispec.ImageConfig{}, testimage.Layer(file(name, strings.Repeat(name, 1<<20))))
+	}
+	small := make([]testimage.Entry, 800)
+	for i := range small {
+		small[i] = file(strconv.Itoa(i), "x")
+	}
+	// A byte takes a page: what a tar calls 400 KiB is 3 MiB and more.
+	images["many"] = testimage.New(ocispec.ImageConfig{}, testimage.Layer(small...))
+	unpack := func(r *Runner, name string) error {
+		_, err := r.Unpack(t.Context(), name, images[name], images[name].Manifest)
+		return err
+	}
+	if err := unpack(r, "many"); !errors.Is(err, ErrFull) {
+		t.Errorf("many small files: %v", err)
+	}
+	for _, name := range []string{"a", "b"} { // also: what was refused gave back all that it had taken
+		if err := unpack(r, name); err != nil {
+			t.Fatalf("control %s: %v", name, err)
+		}
+	}
+	if err := unpack(r, "c"); !errors.Is(err, ErrFull) {
+		t.Errorf("the third MiB: %v", err)
+	}
+	// A runner after this one counts what is there, and sweeps what was half unpacked.
+	half := filepath.Join(r.cfg.Dir, "layers", unpacking+strings.Repeat("0", 64))
+	if err := os.Mkdir(half, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r2, err := New(r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unpack(r2, "c"); !errors.Is(err, ErrFull) {
+		t.Errorf("after a restart: %v", err)
+	}
+	if _, err := os.Stat(half); err == nil {
+		t.Error("half an unpacked layer is left")
+	}
+	if err := r2.Prune(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"c", "b"} {
+		if err := unpack(r2, name); err != nil {
+			t.Errorf("pruned, but %s: %v", name, err)
+		}
+	}
+	if r2.layers.used != 2*(1<<20+inodeSize) {
+		t.Errorf("%d bytes are counted", r2.layers.used)
 	}
 }
 
@@ -495,7 +623,7 @@ func FuzzLayer(f *testing.F) {
 			return
 		}
 		defer done()
-		size, _ := untar(t.Context(), &counter{r: r, h: sha256.New(), limit: 4 << 20}, dir, 1<<20)
+		size, _ := untar(t.Context(), &counter{ctx: t.Context(), r: r, h: sha256.New(), limit: 4 << 20}, dir, 1<<20, func(int64) error { return nil })
 		if size > 1<<20 {
 			t.Fatalf("it took %d bytes", size)
 		}
@@ -524,7 +652,7 @@ func FuzzManifest(f *testing.F) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := r.Unpack(t.Context(), in, testimage.Digest(manifest))
+			got, err := r.Unpack(t.Context(), "owner", in, testimage.Digest(manifest))
 			if err == nil && len(got.Layers) == 0 {
 				t.Fatal("an image without layers")
 			}

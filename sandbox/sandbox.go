@@ -47,8 +47,9 @@ type Config struct {
 	Self   []string // argv prefix of a shim; the bundle's directory is appended
 	Dir    string   // on tmpfs
 	Cgroup string   // parent of the sandboxes' cgroups, as in /proc/self/cgroup; "" sets no limits
-	Lease  string   // file with 8 little-endian bytes: CLOCK_BOOTTIME deadline in ns for Fenced workloads
+	Lease  string   // file that says until when Fenced workloads run, see LeaseSize
 	Image  int64    // bytes that one image may unpack to; 0 means 8 GiB
+	Layers int64    // bytes that all unpacked layers may take; 0 means half of what Dir's file system holds
 	Log    *slog.Logger
 }
 
@@ -71,7 +72,7 @@ type Spec struct {
 	MemoryBytes int64 // 0 is unlimited
 	Pids        int64 // 0 is unlimited
 	StopSignal  string
-	StopGrace   time.Duration // between the stop signal and the end; 0 means 10 s
+	StopGrace   time.Duration // between the stop signal and the end; 0 means 10 s, MaxGrace is the most
 	Fenced      bool          // ends when the lease does
 	Labels      map[string]string
 }
@@ -117,7 +118,16 @@ type Runner struct {
 	log *slog.Logger
 	mu  sync.Mutex
 	ids map[string]*idLock // one change of a sandbox at a time
+
+	layers struct {
+		sync.Mutex
+		known bool
+		used  int64 // bytes of all layers, those that are just being unpacked too
+	}
 }
+
+// MaxGrace bounds Spec.StopGrace.
+const MaxGrace = 5 * time.Minute
 
 type idLock struct {
 	sync.Mutex
@@ -271,6 +281,7 @@ func (r *Runner) create(b string, s *Spec) error {
 	if shim.Grace <= 0 {
 		shim.Grace = 10 * time.Second
 	}
+	shim.Grace = min(shim.Grace, MaxGrace)
 	if r.cfg.Cgroup != "" {
 		shim.Cgroup = filepath.Join(r.cfg.Cgroup, s.ID)
 		if err := makeMemoryGroup(shim.Cgroup, s.MemoryBytes); err != nil {
@@ -372,13 +383,18 @@ func alive(b string) bool {
 }
 
 // Stop ends a sandbox and removes all of it but its logs, which are kept for a while. A sandbox that is not there is
-// stopped.
-func (r *Runner) Stop(ctx context.Context, id string) error {
+// stopped. When ctx ends first, the sandbox has been asked to end and uses its grace.
+func (r *Runner) Stop(ctx context.Context, id string) error { return r.stop(ctx, id, unix.SIGTERM) }
+
+// Kill is Stop without a grace, for what has no right to run any longer.
+func (r *Runner) Kill(ctx context.Context, id string) error { return r.stop(ctx, id, atOnce) }
+
+func (r *Runner) stop(ctx context.Context, id string, sig unix.Signal) error {
 	if !idForm.MatchString(id) {
 		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", id)
 	}
 	defer r.lock(id)()
-	if err := r.end(ctx, id); err != nil {
+	if err := r.end(ctx, id, sig); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", id, err)
 	}
 	if err := r.clean(ctx, id); err != nil {
@@ -401,7 +417,7 @@ func (r *Runner) Remove(ctx context.Context, id string) error {
 
 // end asks the shim to stop the sandbox, and returns when the shim is gone. A shim that does not obey is killed; the
 // kernel then kills what it runs.
-func (r *Runner) end(ctx context.Context, id string) error {
+func (r *Runner) end(ctx context.Context, id string, sig unix.Signal) error {
 	b := r.bundle(id)
 	var sh shimFile
 	if err := readJSON(filepath.Join(b, "shim.json"), &sh); err != nil {
@@ -409,6 +425,9 @@ func (r *Runner) end(ctx context.Context, id string) error {
 	}
 	asked := false
 	limit := time.Now().Add(sh.Grace + 15*time.Second)
+	if sig == atOnce {
+		limit = time.Now().Add(15 * time.Second)
+	}
 	for alive(b) {
 		switch late := time.Now().After(limit); {
 		case late && signalShim(b, unix.SIGKILL):
@@ -417,7 +436,7 @@ func (r *Runner) end(ctx context.Context, id string) error {
 		case late:
 			return errors.New("its shim cannot be found")
 		case !asked:
-			asked = signalShim(b, unix.SIGTERM) // it has to say its process ID first
+			asked = signalShim(b, sig) // it has to say its process ID first
 		}
 		select {
 		case <-ctx.Done():
@@ -579,7 +598,7 @@ func (r *Runner) status(id string) (Status, bool) {
 	if !live {
 		out.State = Exited
 		if err != nil || st.State != Exited {
-			out.ExitCode, out.Reason = -1, "its shim was killed"
+			out.ExitCode, out.Reason = -1, ReasonShim
 		}
 	}
 	return out, true
@@ -790,6 +809,31 @@ func (r *Runner) Logs(ctx context.Context, id string, follow bool, tail int, w i
 			return ctx.Err()
 		case <-time.After(100 * time.Millisecond):
 		}
+	}
+	return nil
+}
+
+// Note adds to a sandbox's log what its owner is to know and a status should not say. The sandbox need not exist.
+func (r *Runner) Note(id, text string) error {
+	if !idForm.MatchString(id) {
+		return fmt.Errorf("sandbox ID %q: want 1 to 63 of a-z, 0-9 and -", id)
+	}
+	dir := filepath.Join(r.cfg.Dir, "logs", id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("note on %s: %w", id, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return fmt.Errorf("note on %s: %w", id, err)
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err != nil || st.Size() > maxLog {
+		return err // its shim begins a new one with the next line
+	}
+	// One line, in one write: the shim appends to the same file.
+	text = strings.Join(strings.Fields(strings.ToValidUTF8(text, "?")), " ")
+	if _, err := fmt.Fprintf(f, "%sholdfast: %.4000s\n", time.Now().UTC().Format(logTime), text); err != nil {
+		return fmt.Errorf("note on %s: %w", id, err)
 	}
 	return nil
 }

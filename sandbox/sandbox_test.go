@@ -108,7 +108,7 @@ func newLab(t testing.TB) *lab {
 	if l.blobs, err = server(); err != nil {
 		t.Fatal(err)
 	}
-	if l.img, err = r.Unpack(t.Context(), l.blobs, l.blobs.Manifest); err != nil {
+	if l.img, err = r.Unpack(t.Context(), "owner", l.blobs, l.blobs.Manifest); err != nil {
 		t.Fatal(err)
 	}
 	return l
@@ -195,6 +195,34 @@ func TestLife(t *testing.T) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil || strings.Contains(string(b), l.cfg.Dir+"/bundles/w-1") {
 		t.Errorf("a mount is left: %v", err)
+	}
+}
+
+func TestNotesAreInTheLog(t *testing.T) {
+	r := runner(t)
+	read := func() string {
+		var out strings.Builder
+		if err := r.Logs(t.Context(), "w", false, 100, &out); err != nil {
+			t.Fatal(err)
+		}
+		return out.String()
+	}
+	if err := r.Note("w", "image\nrefused: \xff "+strings.Repeat("x", 10_000)); err != nil {
+		t.Fatal(err)
+	}
+	if s := read(); strings.Count(s, "\n") != 1 || !strings.Contains(s, "Z holdfast: image refused: ? x") || len(s) > 4100 {
+		t.Errorf("%d bytes: %.100q", len(s), s)
+	}
+	for range 2000 {
+		if err := r.Note("w", strings.Repeat("x", 4000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st, err := os.Stat(filepath.Join(r.cfg.Dir, "logs", "w", "log")); err != nil || st.Size() > maxLog+5000 {
+		t.Errorf("notes grow without bound: %v %v", st.Size(), err)
+	}
+	if err := r.Note("../w", "x"); err == nil {
+		t.Error("a note outside")
 	}
 }
 

@@ -3,8 +3,10 @@ package sandbox
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,7 +33,7 @@ const (
 )
 
 // Shim runs one sandbox to its end. It is the body of a process of its own, which inherits the bundle's lock as file
-// descriptor 3. SIGTERM or the end of ctx asks it to stop the workload. When it is killed itself, the kernel kills runsc and
+// descriptor 3. SIGTERM or the end of ctx asks it to stop the workload, SIGUSR1 to end it at once. When it is killed itself, the kernel kills runsc and
 // with it the sandbox: a fenced workload never runs without its watchdog.
 func Shim(ctx context.Context, bundle string) error {
 	unix.CloseOnExec(3) // runsc must not hold the lock
@@ -49,7 +51,7 @@ func Shim(ctx context.Context, bundle string) error {
 	}
 	s := &shim{cfg: cfg, bundle: bundle, st: statusFile{PID: os.Getpid(), State: "starting"}, sandbox: -1}
 	stop := make(chan os.Signal, 4)
-	signal.Notify(stop, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(stop, unix.SIGTERM, unix.SIGINT, atOnce)
 	if err := s.save(); err != nil {
 		return fmt.Errorf("shim: %w", err)
 	}
@@ -59,8 +61,20 @@ func Shim(ctx context.Context, bundle string) error {
 	return nil
 }
 
-// fenced is why a sandbox ended whose lease did.
-const fenced = "its lease ended"
+// Reasons of a Status that say nothing of what ran. Any other reason may quote the image or the command.
+const (
+	ReasonLease   = "its lease ended"
+	ReasonStopped = "stopped"
+	ReasonMemory  = "out of memory"
+	ReasonShim    = "its shim was killed"
+)
+
+// LeaseSize is that of a lease file: the deadline in nanoseconds of CLOCK_BOOTTIME, 8 little-endian bytes, and the boot that
+// it is of, 16 bytes (/proc/sys/kernel/random/boot_id without its dashes). It is written in place.
+const LeaseSize = 24
+
+// atOnce is the signal that ends a sandbox without a grace.
+const atOnce = unix.SIGUSR1
 
 // A shim is used by one goroutine.
 type shim struct {
@@ -78,7 +92,7 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if s.cfg.Fenced && s.expired() {
-		return s.end(-1, fenced)
+		return s.end(-1, ReasonLease)
 	}
 	log, err := openLog(s.cfg.Logs)
 	if err != nil {
@@ -132,7 +146,7 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 		if reason != "" {
 			return
 		}
-		reason = "stopped"
+		reason = ReasonStopped
 		if s.st.Started.IsZero() {
 			s.kill() // there is nothing yet that could end in an orderly way
 			kill = time.After(time.Second)
@@ -161,14 +175,20 @@ func (s *shim) run(ctx context.Context, stop <-chan os.Signal) error {
 				}
 				tick.Reset(100 * time.Millisecond)
 			}
-			if s.cfg.Fenced && reason != fenced && s.expired() {
+			if s.cfg.Fenced && reason != ReasonLease && s.expired() {
 				// Whoever is assigned next may begin after lease and margin: no grace.
-				reason = fenced
+				reason = ReasonLease
 				s.kill()
 				kill = time.After(time.Second)
 			}
-		case <-stop:
-			ask()
+		case sig := <-stop:
+			if sig == atOnce {
+				reason = cmp.Or(reason, ReasonStopped)
+				s.kill()
+				kill = time.After(time.Second)
+			} else {
+				ask()
+			}
 		case <-ended:
 			ended = nil
 			ask()
@@ -216,10 +236,17 @@ func (s *shim) kill() {
 	s.runsc.Process.Kill() // its children are killed with it
 }
 
-func (s *shim) expired() bool {
+// expired asks twice before it says so: the first answer may be a deadline that was just being written.
+func (s *shim) expired() bool { return s.ended() && s.ended() }
+
+func (s *shim) ended() bool {
 	b, err := os.ReadFile(s.cfg.Lease)
-	if err != nil || len(b) != 8 {
+	if err != nil || len(b) != LeaseSize {
 		return true
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil || strings.ReplaceAll(strings.TrimSpace(string(boot)), "-", "") != hex.EncodeToString(b[8:]) {
+		return true // of a boot before this one, whose clock was another
 	}
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
@@ -255,7 +282,7 @@ func (s *shim) finish(err error, reason string) error {
 		s.command(20*time.Second, "delete", "--force", s.cfg.ID)
 	}
 	if said := s.complaint(); reason == "" && s.st.OOM {
-		reason = "out of memory"
+		reason = ReasonMemory
 	} else if reason == "" && said != "" {
 		reason = "runsc: " + said
 	} else if reason == "" && s.st.Started.IsZero() {
