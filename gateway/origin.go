@@ -74,6 +74,14 @@ const (
 	maxBackoff       = time.Second // a gateway that restarts has its tunnels back within it
 )
 
+// Requests at work at once, each of which may hold a connection to a workload. Above the first the service answers 503;
+// above the second only those with few requests are served, so that strangers at one host cannot keep others from theirs.
+const (
+	maxServiceRequests = 512
+	maxOriginRequests  = 4096
+	fewRequests        = 16
+)
+
 // An Origin is the inside end of the gateway. It listens on nothing.
 type Origin struct {
 	cfg    OriginConfig
@@ -81,6 +89,7 @@ type Origin struct {
 	conns  chan net.Conn // to the HTTP server
 	wake   chan struct{} // one token: edges changed
 	copies copyPool
+	atWork atomic.Int64 // requests
 
 	mu       sync.Mutex
 	busy     int        // connections handed to the HTTP server, and requests at work
@@ -99,6 +108,7 @@ type served struct {
 	service   atomic.Pointer[Service]
 	transport *http.Transport
 	proxy     *httputil.ReverseProxy
+	atWork    atomic.Int64         // requests
 	conns     map[*stream]struct{} // guarded by Origin.mu
 }
 
@@ -544,6 +554,14 @@ func (o *Origin) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case r.Method == http.MethodConnect:
 		plain(w, http.StatusMethodNotAllowed, "no proxy here")
+		return
+	}
+	total, mine := o.atWork.Add(1), s.atWork.Add(1)
+	defer o.atWork.Add(-1)
+	defer s.atWork.Add(-1)
+	if mine > maxServiceRequests || total > maxOriginRequests && mine > fewRequests {
+		w.Header().Set("Retry-After", "1")
+		plain(w, http.StatusServiceUnavailable, "the gateway works, but "+s.claim.Host+" is answering as many requests as it can: try again in a moment")
 		return
 	}
 	if handler := s.service.Load().Handler; handler != nil {

@@ -194,11 +194,9 @@ func runGateway(ctx context.Context, c *grid.GatewayConfig) error {
 		return err
 	}
 	loop := reconcile.New(reconcile.Config{Name: "routes", Resync: 5 * time.Second, Max: 2 * time.Second, Log: logger(), Step: func(ctx context.Context) (time.Duration, error) {
-		if err := table.Refresh(ctx, client); err != nil {
-			return 0, err
-		}
+		err := table.Refresh(ctx, client) // what it could read takes effect
 		edge.Update()
-		return 0, nil
+		return 0, err
 	}})
 	eg, ctx := errgroup.WithContext(ctx)
 	eg.Go(func() error { return edge.Run(ctx) })
