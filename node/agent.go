@@ -536,7 +536,8 @@ func (a *Agent) keep(v *View, c *ContractView, s *specs, adopted map[contract.Wo
 			w = &same
 		} else if old := adopted[as.Workload]; old != nil && old.Epoch == as.Epoch {
 			same := *old
-			w, w.Keep, w.Fenced = &same, public(why), as.Fenced
+			same.Keep, same.Fenced = public(why), as.Fenced
+			w = &same
 		}
 		w.Held = held(v, &as)
 		s.workloads[w.ID] = w

@@ -237,7 +237,14 @@ func (s *shim) kill() {
 }
 
 // expired asks twice before it says so: the first answer may be a deadline that was just being written.
-func (s *shim) expired() bool { return s.ended() && s.ended() }
+func (s *shim) expired() bool {
+	for range 2 {
+		if !s.ended() {
+			return false
+		}
+	}
+	return true
+}
 
 func (s *shim) ended() bool {
 	b, err := os.ReadFile(s.cfg.Lease)
