@@ -737,7 +737,7 @@ func (a *Agent) setMeshes(s *specs) error {
 
 func set(n *overlay.Network, m *Mesh, egress map[netip.Addr][]overlay.Egress) error {
 	n.SetNames(m.Names)
-	return errors.Join(n.SetPeers(m.Peers), n.SetEgress(egress))
+	return errors.Join(n.SetPeers(m.Peers, m.Own...), n.SetEgress(egress))
 }
 
 func (a *Agent) netDir() string { return filepath.Join(a.cfg.Run, "net") }

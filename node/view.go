@@ -173,6 +173,7 @@ type Mesh struct {
 	Port    uint16
 	Self    netip.Addr
 	Peers   []overlay.Peer
+	Own     []overlay.Address // of the workloads here
 	Names   map[string][]netip.Addr
 }
 
@@ -200,7 +201,7 @@ func systemMesh(v *View) Mesh {
 	m := Mesh{Network: id, Name: "sys", Port: basePort, Self: overlay.Addr(id, v.Self.ID)}
 	for _, n := range v.Nodes {
 		if n.ID != v.Self.ID {
-			m.Peers = append(m.Peers, overlay.Peer{PublicKey: n.WireGuard, Endpoint: endpoint(n, basePort), Addrs: []netip.Prefix{host(overlay.Addr(id, n.ID))}})
+			m.Peers = append(m.Peers, overlay.Peer{PublicKey: n.WireGuard, Endpoint: endpoint(n, basePort), Addrs: []overlay.Address{{Prefix: host(overlay.Addr(id, n.ID))}}})
 		}
 	}
 	return m
@@ -226,7 +227,7 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 			Self: overlay.Addr(id, v.Self.ID), Names: map[string][]netip.Addr{},
 		}
 		here := false
-		addrs := map[identity.NodeID][]netip.Prefix{}
+		addrs := map[identity.NodeID][]overlay.Address{}
 		for _, a := range c.Assignments {
 			s, ok := c.Header.Service(a.Service)
 			if !ok || a.Node.IsZero() || !slices.Contains(s.Networks, name) {
@@ -234,7 +235,7 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 			}
 			addr := overlay.Addr(id, a.Workload)
 			here = here || a.Node == v.Self.ID
-			addrs[a.Node] = append(addrs[a.Node], host(addr))
+			addrs[a.Node] = append(addrs[a.Node], overlay.Address{Prefix: host(addr), Epoch: a.Epoch})
 			if a.Reason == "" {
 				for _, n := range serviceNames(c, body, a.Service) {
 					m.Names[n] = append(m.Names[n], addr)
@@ -244,11 +245,12 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 		if !here {
 			continue
 		}
+		m.Own = addrs[v.Self.ID]
 		for _, n := range v.Nodes {
 			if list := addrs[n.ID]; list != nil && n.ID != v.Self.ID {
 				m.Peers = append(m.Peers, overlay.Peer{
 					PublicKey: n.WireGuard, PresharedKey: preShared(keys.Networks[name], v.Self.WireGuard, n.WireGuard),
-					Endpoint: endpoint(n, m.Port), Addrs: append(list, host(overlay.Addr(id, n.ID))),
+					Endpoint: endpoint(n, m.Port), Addrs: append(list, overlay.Address{Prefix: host(overlay.Addr(id, n.ID))}),
 				})
 			}
 		}

@@ -221,7 +221,7 @@ func (m *member) as(other *member) Peer {
 	}
 	p := Peer{PublicKey: m.box.pub, PresharedKey: psk, Endpoint: netip.AddrPortFrom(m.box.v6, m.cfg.Port)}
 	for _, a := range append([]netip.Addr{m.cfg.Self}, m.places...) {
-		p.Addrs = append(p.Addrs, netip.PrefixFrom(a, 128))
+		p.Addrs = append(p.Addrs, Address{Prefix: netip.PrefixFrom(a, 128)})
 	}
 	return p
 }

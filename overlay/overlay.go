@@ -10,7 +10,8 @@
 //	addr   = prefix || first 10 bytes of SHA-256("holdfast/addr/v1" || 00 || network || member)
 //
 // The package never decides who is a peer, who runs where or who may talk to whom: the caller says so, and says so again
-// whenever it changes. It keeps nothing on disk. What must survive the death of the process (NET, attachments, their
+// whenever it changes. It only remembers, as long as a Network lives, in which epoch each address was given to a node, and
+// takes no word that is older. It keeps nothing on disk. What must survive the death of the process (NET, attachments, their
 // pins) lives in the kernel; the tunnel and the DNS server live in the process and come back with the next Run:
 //
 //	DIR/NAME/net     NET: tunnel "tun0", one veth "w…" a workload, "up0" when a workload has egress
@@ -89,7 +90,14 @@ type Peer struct {
 	PublicKey    [32]byte
 	PresharedKey [32]byte
 	Endpoint     netip.AddrPort // the zero value waits for the peer to call
-	Addrs        []netip.Prefix // what it may send from and is sent to: its own /128 and those of its workloads
+	Addrs        []Address      // what it may send from and is sent to: its own and those of its workloads
+}
+
+// An Address is a member's /128, and the epoch in which the ledger assigned that workload to its node. A node's own address
+// never moves and has epoch 0.
+type Address struct {
+	netip.Prefix
+	Epoch uint64
 }
 
 // An Egress rule lets one workload open connections to the outside. Whatever the rules say, a workload never reaches
@@ -117,6 +125,7 @@ type Network struct {
 
 	mu     sync.Mutex // guards what is wanted, and the wire
 	peers  map[[32]byte]Peer
+	newest map[netip.Prefix]uint64 // the highest epoch that was seen of a workload's address; it only grows
 	egress map[netip.Addr][]Egress
 	wire   *wire // while Run runs
 
@@ -130,7 +139,7 @@ var (
 
 // New checks the configuration. It touches nothing.
 func New(cfg Config) (*Network, error) {
-	n := &Network{cfg: cfg, prefix: Prefix(cfg.Network), log: cfg.Log, wake: make(chan struct{}, 1)}
+	n := &Network{cfg: cfg, prefix: Prefix(cfg.Network), log: cfg.Log, wake: make(chan struct{}, 1), newest: make(map[netip.Prefix]uint64)}
 	switch {
 	case !nameForm.MatchString(cfg.Name):
 		return nil, fmt.Errorf("overlay: name %q: want 1 to 8 of a-z and 0-9", cfg.Name)
@@ -173,12 +182,22 @@ func (n *Network) poke() {
 // ErrNoWorkloads says that the system network takes no attachments.
 var ErrNoWorkloads = errors.New("a system network takes no workloads")
 
-// SetPeers says who the peers are. Those that did not change notice nothing; an address moves from one peer to another
-// without a gap. What cannot be meant so, a peer given twice or an address that is another's, is left out and named in the
-// error; the rest takes effect, so that nobody's bad word keeps others apart.
-func (n *Network) SetPeers(peers []Peer) error {
+// ErrSuperseded says that peers were given in an epoch below one that was seen.
+var ErrSuperseded = errors.New("the epoch is superseded")
+
+// SetPeers says who the peers are, and which workloads this node has of its own. Peers that did not change notice nothing;
+// an address moves from one to another without a gap. What cannot be meant so, a peer given twice or an address that is
+// another's, is left out and named in the error; the rest takes effect, so that nobody's bad word keeps others apart.
+//
+// Where an address has a lower epoch than it had before, all that is said here is older than what is known: it is refused
+// with ErrSuperseded and changes nothing, so that no late view gives a workload's address back to the node that lost it.
+func (n *Network) SetPeers(peers []Peer, own ...Address) error {
 	set, err := n.checkPeers(peers)
 	n.mu.Lock()
+	if err := n.remember(set, own); err != nil {
+		n.mu.Unlock()
+		return fmt.Errorf("peers of %s: %w", n.cfg.Name, err)
+	}
 	n.peers = set
 	n.mu.Unlock()
 	n.poke()

@@ -68,9 +68,9 @@ func TestNewRefuses(t *testing.T) {
 }
 
 func TestPlanPeers(t *testing.T) {
-	prefix := func(s string) netip.Prefix { return netip.MustParsePrefix(s + "/128") }
-	a := Peer{PublicKey: [32]byte{1}, Endpoint: netip.MustParseAddrPort("[2001:db8::1]:1"), Addrs: []netip.Prefix{prefix("fd::1"), prefix("fd::2")}}
-	b := Peer{PublicKey: [32]byte{2}, Endpoint: netip.MustParseAddrPort("[2001:db8::2]:1"), Addrs: []netip.Prefix{prefix("fd::3")}}
+	prefix := func(s string) Address { return Address{Prefix: netip.MustParsePrefix(s + "/128")} }
+	a := Peer{PublicKey: [32]byte{1}, Endpoint: netip.MustParseAddrPort("[2001:db8::1]:1"), Addrs: []Address{prefix("fd::1"), prefix("fd::2")}}
+	b := Peer{PublicKey: [32]byte{2}, Endpoint: netip.MustParseAddrPort("[2001:db8::2]:1"), Addrs: []Address{prefix("fd::3")}}
 	set := func(peers ...Peer) map[[32]byte]Peer {
 		m := make(map[[32]byte]Peer)
 		for _, p := range peers {
@@ -95,8 +95,9 @@ func TestPlanPeers(t *testing.T) {
 		{"a moved endpoint is called, and nothing else is touched", set(a, b), set(a, with(b, func(p *Peer) { p.Endpoint = netip.MustParseAddrPort("[2001:db8::9]:1") })),
 			key(b) + "update_only=true\nendpoint=[2001:db8::9]:1\npersistent_keepalive_interval=0\npersistent_keepalive_interval=20\n"},
 		{"an address is taken over before it is dropped", set(a, b),
-			set(with(a, func(p *Peer) { p.Addrs = p.Addrs[:1] }), with(b, func(p *Peer) { p.Addrs = []netip.Prefix{prefix("fd::2"), prefix("fd::3")} })),
+			set(with(a, func(p *Peer) { p.Addrs = p.Addrs[:1] }), with(b, func(p *Peer) { p.Addrs = []Address{prefix("fd::2"), prefix("fd::3")} })),
 			key(b) + "update_only=true\nallowed_ip=fd::2/128\n" + key(a) + "update_only=true\nallowed_ip=-fd::2/128\n"},
+		{"a new epoch on the same node touches nothing", set(a), set(with(a, func(p *Peer) { p.Addrs = []Address{{p.Addrs[0].Prefix, 7}, p.Addrs[1]} })), ""},
 		{"a rotated secret touches nothing else", set(a), set(with(a, func(p *Peer) { p.PresharedKey[31] = 7 })),
 			key(a) + "update_only=true\n" + fmt.Sprintf("preshared_key=%064x\n", 7)},
 	} {
@@ -110,16 +111,16 @@ func TestSetPeersRefuses(t *testing.T) {
 	id := netID("x")
 	n, err := New(Config{Network: id, Name: "x", Port: 1, PrivateKey: [32]byte{1}, Self: Addr(id, [32]byte{}), Dir: "/run/x"})
 	must(t, err)
-	member := netip.PrefixFrom(Addr(id, [32]byte{9}), 128)
+	member := Address{Prefix: netip.PrefixFrom(Addr(id, [32]byte{9}), 128)}
 	for name, peers := range map[string][]Peer{
-		"an address of another network": {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{netip.PrefixFrom(Addr(netID("y"), [32]byte{}), 128)}}},
-		"a whole prefix":                {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{Prefix(id)}}},
-		"the node's own address":        {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{netip.PrefixFrom(n.cfg.Self, 128)}}},
-		"one address for two":           {{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{member}}, {PublicKey: [32]byte{3}, Addrs: []netip.Prefix{member}}},
+		"an address of another network": {{PublicKey: [32]byte{2}, Addrs: []Address{{Prefix: netip.PrefixFrom(Addr(netID("y"), [32]byte{}), 128)}}}},
+		"a whole prefix":                {{PublicKey: [32]byte{2}, Addrs: []Address{{Prefix: Prefix(id)}}}},
+		"the node's own address":        {{PublicKey: [32]byte{2}, Addrs: []Address{{Prefix: netip.PrefixFrom(n.cfg.Self, 128)}}}},
+		"one address for two":           {{PublicKey: [32]byte{2}, Addrs: []Address{member}}, {PublicKey: [32]byte{3}, Addrs: []Address{member}}},
 		"a peer twice":                  {{PublicKey: [32]byte{2}}, {PublicKey: [32]byte{2}}},
 		"this node":                     {{PublicKey: n.public}},
 	} {
-		honest := Peer{PublicKey: [32]byte{7}, Addrs: []netip.Prefix{netip.PrefixFrom(Addr(id, [32]byte{7}), 128)}}
+		honest := Peer{PublicKey: [32]byte{7}, Addrs: []Address{{Prefix: netip.PrefixFrom(Addr(id, [32]byte{7}), 128)}}}
 		if err := n.SetPeers(append(peers, honest)); err == nil {
 			t.Errorf("%s was accepted", name)
 		}
@@ -133,7 +134,7 @@ func TestSetPeersRefuses(t *testing.T) {
 			}
 		}
 	}
-	must(t, n.SetPeers([]Peer{{PublicKey: [32]byte{2}, Addrs: []netip.Prefix{member}}}))
+	must(t, n.SetPeers([]Peer{{PublicKey: [32]byte{2}, Addrs: []Address{member}}}))
 }
 
 // A marker that crosses the mesh is on no wire; on a plain connection the same capture shows it.

@@ -251,8 +251,8 @@ func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, fresh 
 			fmt.Fprintf(&lines, "endpoint=%v\n", peer.Endpoint)
 		}
 		for _, p := range peer.Addrs {
-			if !slices.Contains(old.Addrs, p) {
-				fmt.Fprintf(&lines, "allowed_ip=%v\n", p)
+			if !old.has(p) {
+				fmt.Fprintf(&lines, "allowed_ip=%v\n", p.Prefix)
 			}
 		}
 		switch {
@@ -273,12 +273,17 @@ func planPeers(self [32]byte, have, want map[[32]byte]Peer) (plan string, fresh 
 			set.WriteString(lines.String())
 		}
 		for _, p := range old.Addrs {
-			if !slices.Contains(peer.Addrs, p) {
-				fmt.Fprintf(&drop, "public_key=%x\nupdate_only=true\nallowed_ip=-%v\n", key, p)
+			if !peer.has(p) {
+				fmt.Fprintf(&drop, "public_key=%x\nupdate_only=true\nallowed_ip=-%v\n", key, p.Prefix)
 			}
 		}
 	}
 	return set.String() + drop.String() + gone.String(), fresh
+}
+
+// has reports whether an address is the peer's. A new epoch on the same node changes nothing that WireGuard knows.
+func (p Peer) has(a Address) bool {
+	return slices.ContainsFunc(p.Addrs, func(b Address) bool { return a.Prefix == b.Prefix })
 }
 
 func compareKeys(a, b [32]byte) int { return slices.Compare(a[:], b[:]) }
@@ -300,7 +305,7 @@ func (b *bind) knock(p Peer) error {
 // had before it, an address outside the network. The error names what it left out.
 func (n *Network) checkPeers(peers []Peer) (map[[32]byte]Peer, error) {
 	set := make(map[[32]byte]Peer, len(peers))
-	owner := make(map[netip.Prefix][32]byte)
+	owner := make(map[netip.Prefix]bool)
 	var out []error
 	for _, p := range peers {
 		if p.PublicKey == n.public {
@@ -311,14 +316,14 @@ func (n *Network) checkPeers(peers []Peer) (map[[32]byte]Peer, error) {
 			out = append(out, fmt.Errorf("peer %x: given twice", p.PublicKey[:4]))
 			continue
 		}
-		var addrs []netip.Prefix
+		var addrs []Address
 		for _, a := range p.Addrs {
 			if a.Bits() != 128 || !n.prefix.Contains(a.Addr()) || a.Addr() == n.cfg.Self {
-				out = append(out, fmt.Errorf("peer %x: address %v is not another member of %v", p.PublicKey[:4], a, n.prefix))
-			} else if _, ok := owner[a]; ok {
-				out = append(out, fmt.Errorf("peer %x: address %v has another owner", p.PublicKey[:4], a))
+				out = append(out, fmt.Errorf("peer %x: address %v is not another member of %v", p.PublicKey[:4], a.Prefix, n.prefix))
+			} else if owner[a.Prefix] {
+				out = append(out, fmt.Errorf("peer %x: address %v has another owner", p.PublicKey[:4], a.Prefix))
 			} else {
-				owner[a] = p.PublicKey
+				owner[a.Prefix] = true
 				addrs = append(addrs, a)
 			}
 		}
@@ -326,6 +331,25 @@ func (n *Network) checkPeers(peers []Peer) (map[[32]byte]Peer, error) {
 		set[p.PublicKey] = p
 	}
 	return set, errors.Join(out...)
+}
+
+// remember holds a set against the epochs that were seen, and adds its own to them if none is superseded. With mu held.
+func (n *Network) remember(set map[[32]byte]Peer, own []Address) error {
+	all := slices.Clone(own)
+	for _, p := range set {
+		all = append(all, p.Addrs...)
+	}
+	for _, a := range all {
+		if a.Epoch < n.newest[a.Prefix] {
+			return fmt.Errorf("address %v in epoch %d, seen in %d: %w", a.Prefix, a.Epoch, n.newest[a.Prefix], ErrSuperseded)
+		}
+	}
+	for _, a := range all {
+		if a.Epoch > 0 {
+			n.newest[a.Prefix] = a.Epoch
+		}
+	}
+	return nil
 }
 
 // A PeerStatus is what the tunnel saw of a peer.
