@@ -158,9 +158,13 @@ func runValidator(ctx context.Context, c *grid.ValidatorConfig) error {
 	if err != nil {
 		return err
 	}
+	blobs := store.NewDir(filepath.Join(c.Data, "blobs"), maxStore)
+	if err := blobs.Sweep(); err != nil {
+		l.Close()
+		return err
+	}
 	v, err := api.NewValidator(api.ValidatorConfig{
-		Genesis: g, Home: filepath.Join(c.Data, "ledger"), P2P: c.P2P, Peers: c.Peers, API: l, TLS: cert,
-		Blobs: store.NewDir(filepath.Join(c.Data, "blobs"), maxStore), Log: logger(),
+		Genesis: g, Home: filepath.Join(c.Data, "ledger"), P2P: c.P2P, Peers: c.Peers, API: l, TLS: cert, Blobs: blobs, Log: logger(),
 	})
 	if err != nil {
 		l.Close()
