@@ -157,7 +157,7 @@ func sandboxFor(t *testing.T, a *Agent, w *Workload) *fake {
 	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
 		t.Fatal(err)
 	}
-	f := &fake{w.Instance, exec.Command("/bin/sleep", "1000")}
+	f := &fake{w.Instance, exec.Command("/bin/sh", "-c", `trap "" TERM; exec sleep 1000`)} // it uses its whole grace
 	f.cmd.ExtraFiles = []*os.File{lock}
 	if err := f.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -617,6 +617,48 @@ func TestADeadVolumeServerIsNoticed(t *testing.T) {
 	}
 	if !a.volumes.Serving(volumeName(v.ID)) {
 		t.Error("the volume was not opened again")
+	}
+}
+
+// A new revision takes an old one's place, whose contract asked for a long grace. Meanwhile the contract is cancelled, or the
+// ledger gives the workload another epoch.
+func TestACancellationCutsAGraceShort(t *testing.T) {
+	for name, then := range map[string]func(w *Workload) *Workload{
+		"cancelled": func(*Workload) *Workload { return nil },
+		"moved":     func(w *Workload) *Workload { m := *w; m.Epoch++; m.Instance += "-moved"; return &m },
+	} {
+		a := agent(t)
+		d := deploy(t, a, nil)
+		w := workloadOf(t, a, d)
+		old := *w
+		old.Instance = "old-revision"
+		sandboxFor(t, a, &old)
+		c := a.newController(w.ID)
+		c.want, c.imageOf, c.image.Manifest = w, w.Process.Image.Manifest, w.Process.Image.Manifest
+		done := make(chan struct{})
+		go func() { defer close(done); c.step(t.Context()) }()
+		inGrace := func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.hurry != nil }
+		for end := time.Now().Add(5 * time.Second); !inGrace(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: control: the old one has no grace", name)
+			}
+		}
+		same := *w
+		c.set(&same)
+		select {
+		case <-done:
+			t.Fatalf("%s: control: its grace ended by itself", name)
+		case <-time.After(200 * time.Millisecond):
+		}
+		c.set(then(w))
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: it uses the rest of its grace", name)
+		}
+		if got := a.instances(t); len(got) != 0 {
+			t.Errorf("%s: %v run", name, got)
+		}
 	}
 }
 
