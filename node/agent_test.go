@@ -631,7 +631,7 @@ func TestACancellationCutsAGraceShort(t *testing.T) {
 		d := deploy(t, a, nil)
 		w := workloadOf(t, a, d)
 		old := *w
-		old.Instance = "old-revision"
+		old.Instance, old.Volumes = "old-revision", nil
 		sandboxFor(t, a, &old)
 		c := a.newController(w.ID)
 		c.want, c.imageOf, c.image.Manifest = w, w.Process.Image.Manifest, w.Process.Image.Manifest

@@ -323,8 +323,8 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		if _, have := o.instances[w.Instance]; !have && w.Held == "" {
 			o.dependency = c.agent.waitsFor(ctx, w)
 		}
-		for _, v := range w.Volumes {
-			o.volumeLost = o.volumeLost || !c.agent.volumes.Serving(volumeName(v.ID))
+		if cur, have := o.instances[w.Instance]; have {
+			o.volumeLost = c.lost(&cur)
 		}
 		if c.health != nil && c.health.instance == w.Instance {
 			o.unhealthy = c.health.failed()
@@ -346,7 +346,7 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		c.stopHealth()
 		c.say(w, s.state, s.reason, false)
 		st := o.instances[id]
-		if err := c.end(ctx, &st, o.volumeLost || urgent(w, &st, o.leaseOK)); err != nil {
+		if err := c.end(ctx, &st, urgent(w, &st, o.leaseOK) || c.lost(&st)); err != nil {
 			return 0, err
 		}
 		c.log.Info("stopped", "instance", id, "reason", s.reason)
@@ -395,6 +395,12 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 	}
 	c.say(w, s.state, s.reason, healthy)
 	return s.again, nil
+}
+
+// lost reports whether a sandbox has a volume whose server is gone: it can neither go on nor end in an orderly way.
+func (c *controller) lost(s *sandbox.Status) bool {
+	w := adopt(s)
+	return w != nil && slices.ContainsFunc(w.Volumes, func(v WorkVolume) bool { return !c.agent.volumes.Serving(volumeName(v.ID)) })
 }
 
 // end ends one sandbox. A cancellation or a move that comes meanwhile cuts its grace short.
