@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -17,8 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Serve is the body of a volume server: it reads its order from in, holds the volume open until SIGTERM or the end of
-// ctx, and closes it. It inherits the volume's lock as file descriptor 3.
+// Serve is the body of a volume server: it reads its order from in, shows the plain disk as a loop device until SIGTERM or
+// the end of ctx, and lets go of it. It holds the device itself until in ends, by when the Manager has mounted it. It
+// inherits the volume's lock as file descriptor 3.
+//
+// It lives in a mount namespace of its own, without the file system that lies on its disk: a server that is killed
+// together with all who use the volume would otherwise be the last to leave the mount, and the kernel would wait in it,
+// for ever, for the very server to write the rest.
 func Serve(ctx context.Context, in io.Reader) error {
 	// The key is in this process's memory: no core dump, no ptrace by others of the same user.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -31,18 +37,27 @@ func Serve(ctx context.Context, in io.Reader) error {
 	if err := json.NewDecoder(io.LimitReader(in, 1<<20)).Decode(&o); err != nil {
 		return fmt.Errorf("volume server: read order: %w", err)
 	}
+	if err := leaveMounts(filepath.Dir(o.Run)); err != nil {
+		return fmt.Errorf("volume server: %w", err)
+	}
 	if err := writeReport(o.Run, report{PID: os.Getpid()}); err != nil {
 		return fmt.Errorf("volume server: %w", err)
 	}
 	s := &server{order: o}
 	err := s.open()
 	if err == nil {
-		err = writeReport(o.Run, report{PID: os.Getpid(), Ready: true})
+		err = writeReport(o.Run, report{PID: os.Getpid(), Ready: true, Loop: s.loop})
 	}
 	if err != nil {
 		err = fmt.Errorf("volume %s: %w", o.ID, err)
 		return errors.Join(err, writeReport(o.Run, report{PID: os.Getpid(), Error: safe(err), Kind: kindOf(err)}), s.close())
 	}
+	mounted := make(chan struct{})
+	go func() {
+		defer close(mounted)
+		io.Copy(io.Discard, in)
+		s.dev.Close()
+	}()
 	<-ctx.Done()
 	if err := s.close(); err != nil {
 		return fmt.Errorf("volume %s: %w", o.ID, err)
@@ -52,11 +67,10 @@ func Serve(ctx context.Context, in io.Reader) error {
 
 type server struct {
 	order
-	disk    *disk
-	fuse    *fuse.Server
-	mounted bool
-	loop    string
-	dev     *os.File // holds the device until the mount does
+	disk *disk
+	fuse *fuse.Server
+	loop string
+	dev  *os.File // holds the device until the mount does
 }
 
 func (s *server) open() error {
@@ -80,12 +94,7 @@ func (s *server) open() error {
 	if s.loop, err = s.attach(); err != nil {
 		return fmt.Errorf("loop device: %w", err)
 	}
-	// noinit_itable: the template's inode tables are holes, which are zero already.
-	if err := unix.Mount(s.loop, filepath.Join(s.Run, "mnt"), "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "noinit_itable,errors=remount-ro,discard"); err != nil {
-		return fmt.Errorf("mount: %w", err)
-	}
-	s.mounted = true
-	return s.dev.Close()
+	return nil
 }
 
 // attach gives the plain disk a loop device that lets go of it by itself when the last user closes.
@@ -133,20 +142,15 @@ func (s *server) attach() (string, error) {
 	return "", errors.New("every free loop device was taken by another")
 }
 
-// close unmounts in order. A mount that is still in use is waited for: cutting it off would lose what is being written.
+// close lets go of the disk, which nobody has mounted any more.
 func (s *server) close() error {
 	var errs []error
-	if s.mounted {
-		err := unmount(filepath.Join(s.Run, "mnt"))
-		if err != nil {
-			errs = append(errs, fmt.Errorf("unmount: %w", err))
-		}
-		if s.disk != nil {
-			errs = append(errs, s.disk.Sync())
-		}
+	if s.disk != nil {
+		errs = append(errs, s.disk.Sync())
 	}
 	if s.dev != nil {
-		s.dev.Close() // again, where the mount failed: that does no harm
+
+		s.dev.Close() // a second time does no harm
 	}
 	if s.fuse != nil {
 		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
@@ -168,16 +172,23 @@ func (s *server) close() error {
 	return errors.Join(errs...)
 }
 
-func unmount(path string) error {
-	for end := time.Now().Add(25 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		err := unix.Unmount(path, 0)
-		if err == nil || errors.Is(err, unix.EINVAL) {
-			return nil
+// leaveMounts takes the volumes that others serve out of this process's own mount namespace, which began as a copy: they
+// must not be held here when they are closed there.
+func leaveMounts(dir string) error {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) < 5 || !strings.HasPrefix(f[4], dir+"/") {
+			continue
 		}
-		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
-			return err
+		if err := unix.Unmount(f[4], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("leave %s: %w", f[4], err)
 		}
 	}
+	return nil
 }
 
 // root is a directory with one file, the plain disk.

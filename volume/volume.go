@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -99,6 +100,7 @@ type order struct {
 type report struct {
 	PID   int
 	Ready bool
+	Loop  string // the device that shows the plain disk
 	Error string
 	Kind  string // of the error: "lost", "key", "format"
 }
@@ -113,21 +115,32 @@ func (m *Manager) Open(ctx context.Context, s Spec) (string, error) {
 	}
 	defer m.lock(s.ID)()
 	run := m.run(s.ID)
-	if !alive(run) {
-		if err := m.clean(s.ID); err != nil {
-			return "", fmt.Errorf("open volume %s: %w", s.ID, err)
-		}
-		if err := m.start(&s); err != nil {
-			return "", fmt.Errorf("open volume %s: %w", s.ID, err)
-		}
-	}
+	mnt := filepath.Join(run, "mnt")
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	if alive(run) && mounted(mnt) {
+		return mnt, nil
+	}
+	// Also where a server lives whose Manager died before it mounted: the device is gone with that.
+	if err := m.end(ctx, s.ID); err != nil {
+		return "", fmt.Errorf("open volume %s: %w", s.ID, err)
+	}
+	hold, err := m.start(&s)
+	if err != nil {
+		return "", fmt.Errorf("open volume %s: %w", s.ID, err)
+	}
+	defer hold.Close()
 	for {
 		r, err := readReport(run)
 		switch {
 		case err == nil && r.Ready && alive(run):
-			return filepath.Join(run, "mnt"), nil
+			// noinit_itable: the template's inode tables are holes, which are zero already.
+			err := unix.Mount(r.Loop, mnt, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "noinit_itable,errors=remount-ro,discard")
+			if err != nil {
+				hold.Close()
+				return "", errors.Join(fmt.Errorf("open volume %s: mount: %w", s.ID, err), m.end(ctx, s.ID))
+			}
+			return mnt, nil
 		case err == nil && r.Error != "":
 			kind := map[string]error{"lost": ErrLost, "key": ErrKey, "format": ErrFormat}[r.Kind]
 			if kind == nil {
@@ -145,42 +158,46 @@ func (m *Manager) Open(ctx context.Context, s Spec) (string, error) {
 	}
 }
 
-func (m *Manager) start(s *Spec) error {
+// start starts a server. It holds its device until what is returned is closed.
+func (m *Manager) start(s *Spec) (io.Closer, error) {
 	run := m.run(s.ID)
 	for _, d := range []string{m.cfg.Dir, run, filepath.Join(run, "fuse"), filepath.Join(run, "mnt")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	lock, err := os.OpenFile(filepath.Join(run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer lock.Close()
 	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
-		return fmt.Errorf("lock: %w", err)
+		return nil, fmt.Errorf("lock: %w", err)
 	}
 	raw, err := json.Marshal(order{*s, m.image(s.ID), run})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer r.Close()
-	defer w.Close()
 	cmd := exec.Command(m.cfg.Self[0], m.cfg.Self[1:]...)
 	cmd.Dir, cmd.Env = "/", []string{"PATH=/bin"}
 	cmd.Stdin = r
 	cmd.ExtraFiles = []*os.File{lock} // free only when the server is gone
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Unshareflags: unix.CLONE_NEWNS}
 	if err := cmd.Start(); err != nil {
-		return err
+		w.Close()
+		return nil, err
 	}
 	go cmd.Wait() // reaped here while this process lives, by init after it
-	_, err = w.Write(raw)
-	return err
+	if _, err := w.Write(raw); err != nil {
+		w.Close()
+		return nil, err
+	}
+	return w, nil
 }
 
 // Close ends a volume's server after everything that was written is on disk. A volume that is not open is closed.
@@ -192,20 +209,53 @@ func (m *Manager) Close(ctx context.Context, id string) error {
 	run := m.run(id)
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	if err := unmount(ctx, filepath.Join(run, "mnt")); err != nil {
+		return fmt.Errorf("close volume %s: unmount: %w", id, err)
+	}
+	if err := m.end(ctx, id); err != nil {
+		return fmt.Errorf("close volume %s: %w", id, err)
+	}
+	return nil
+}
+
+// unmount waits for who still uses a volume: cutting him off would lose what is being written.
+func unmount(ctx context.Context, path string) error {
+	for {
+		err := unix.Unmount(path, 0)
+		if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// mounted reports whether something is mounted on a directory.
+func mounted(path string) bool {
+	var dir, above unix.Stat_t
+	return unix.Lstat(path, &dir) == nil && unix.Lstat(filepath.Dir(path), &above) == nil && dir.Dev != above.Dev
+}
+
+// end ends a server, if there is one, and removes what it left.
+func (m *Manager) end(ctx context.Context, id string) error {
+	run := m.run(id)
 	for first := true; alive(run); first = false {
 		if r, err := readReport(run); err == nil && first && r.PID > 0 {
 			unix.Kill(r.PID, unix.SIGTERM) // the lock says that it is this server
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("close volume %s: %w", id, ctx.Err())
+			return ctx.Err()
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	if err := m.clean(id); err != nil {
-		return fmt.Errorf("close volume %s: %w", id, err)
-	}
-	return nil
+	return m.clean(id)
 }
 
 // Destroy deletes a volume's image. It is closed first.
@@ -241,7 +291,7 @@ func (m *Manager) List(context.Context) ([]Status, error) {
 // could read or write: Close and Open bring it back.
 func (m *Manager) Serving(id string) bool {
 	r, err := readReport(m.run(id))
-	return err == nil && r.Ready && alive(m.run(id))
+	return err == nil && r.Ready && alive(m.run(id)) && mounted(filepath.Join(m.run(id), "mnt"))
 }
 
 // Sweep removes what dead servers have left: mounts without a disk behind them, and images that they had not made whole.

@@ -28,6 +28,10 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if len(os.Args) == 3 && os.Args[1] == "everybody" {
+		fmt.Fprintln(os.Stderr, everybody(os.Args[2]))
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 
@@ -327,7 +331,7 @@ func TestSweepRemovesWhatDeadServersLeft(t *testing.T) {
 		b, _ := os.ReadFile("/proc/self/mountinfo")
 		return bytes.Count(b, []byte(m.cfg.Run+"/dead/"))
 	}
-	if !m.Serving("dead") || mounts() != 2 {
+	if !m.Serving("dead") || mounts() != 1 {
 		t.Fatalf("control: serving %v, %d mounts", m.Serving("dead"), mounts())
 	}
 	r, err := readReport(m.run("dead"))
@@ -484,5 +488,67 @@ func BenchmarkMounted(b *testing.B) {
 				f.Sync()
 			}
 		})
+	}
+}
+
+// everybody plays a node: process 1 of a namespace, with a volume and somebody who writes to it.
+func everybody(dir string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	m, err := New(Config{Self: []string{self, "serve-volume"}, Dir: filepath.Join(dir, "disk"), Run: filepath.Join(dir, "run")})
+	if err != nil {
+		return err
+	}
+	for _, id := range []string{"v", "w"} {
+		mnt, err := m.Open(context.Background(), spec(id))
+		if err != nil {
+			return err
+		}
+		go func() {
+			for i := 0; ; i++ { // never synced: there is always something left to write when the plug is pulled
+				os.WriteFile(filepath.Join(mnt, fmt.Sprint(i%16)), bytes.Repeat([]byte{byte(i)}, 256<<10), 0o600)
+			}
+		}()
+	}
+	fmt.Println("ready")
+	select {}
+}
+
+// TestPullingThePlugEnds kills a node's processes all at once, while its volumes are written to: whoever of them leaves
+// the mount last must not have to wait for one that is dead.
+func TestPullingThePlugEnds(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 8 {
+		cmd := exec.Command(self, "everybody", t.TempDir())
+		cmd.Stderr = os.Stderr
+		cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Unshareflags: unix.CLONE_NEWNS}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		line := make([]byte, 6)
+		if _, err := io.ReadFull(out, line); err != nil || string(line) != "ready\n" {
+			t.Fatalf("round %d: %q %v", round, line, err)
+		}
+		time.Sleep(time.Duration(20*round) * time.Millisecond) // another moment each time
+		cmd.Process.Kill()
+		done := make(chan struct{})
+		go func() { cmd.Wait(); close(done) }()
+		select {
+		case <-done:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("round %d: process %d and what it started does not end", round, cmd.Process.Pid)
+		}
 	}
 }
