@@ -157,9 +157,16 @@ func sandboxFor(t *testing.T, a *Agent, w *Workload) *fake {
 	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
 		t.Fatal(err)
 	}
-	f := &fake{w.Instance, exec.Command("/bin/sh", "-c", `trap "" TERM; exec sleep 1000`)} // it uses its whole grace
+	f := &fake{w.Instance, exec.Command("/bin/sh", "-c", `trap "" TERM; echo ready; exec sleep 1000`)} // it uses its whole grace
 	f.cmd.ExtraFiles = []*os.File{lock}
+	out, err := f.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := f.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 6)); err != nil {
 		t.Fatal(err)
 	}
 	go f.cmd.Wait()
