@@ -27,8 +27,16 @@ type EdgeTable struct {
 // NewEdgeTable is the table of a gateway that has not read the ledger yet: it leads to the ledger and nowhere else.
 func NewEdgeTable(g *ledger.Genesis) *EdgeTable {
 	t := &EdgeTable{}
-	t.current.Store(&edgeTable{routes: map[string]gateway.Route{api.LedgerName(g.GridID()): {Forward: g.Validators[0].Address}}, nodes: map[gateway.SPKI]identity.NodeID{}})
+	t.current.Store(newEdgeTable(g))
 	return t
+}
+
+func newEdgeTable(g *ledger.Genesis) *edgeTable {
+	return &edgeTable{
+		// The ledger itself, for those who reach nothing but a gateway.
+		routes: map[string]gateway.Route{api.LedgerName(g.GridID()): {Forward: g.Validators[0].Address}},
+		nodes:  map[gateway.SPKI]identity.NodeID{},
+	}
 }
 
 type edgeTable struct {
@@ -38,40 +46,36 @@ type edgeTable struct {
 
 // Lookup implements gateway.Routes.
 func (t *EdgeTable) Lookup(host string) (gateway.Route, bool) {
-	cur := t.current.Load()
-	if cur == nil {
-		return gateway.Route{}, false
-	}
-	r, ok := cur.routes[host]
+	r, ok := t.current.Load().routes[host]
 	return r, ok
 }
 
 // Authorize names the node that has a TLS key.
 func (t *EdgeTable) Authorize(spki gateway.SPKI) (gateway.NodeID, bool) {
-	cur := t.current.Load()
-	if cur == nil {
-		return gateway.NodeID{}, false
-	}
-	id, ok := cur.nodes[spki]
+	id, ok := t.current.Load().nodes[spki]
 	return gateway.NodeID(id), ok
 }
 
-// Refresh reads the table from the ledger. A contract that cannot be read keeps what was known of it, and is in the error.
+// Refresh reads the table from the ledger. A contract that cannot be read keeps what was known of it, and is in the error;
+// all others take effect.
 func (t *EdgeTable) Refresh(ctx context.Context, c *api.Client) error {
-	next := &edgeTable{routes: map[string]gateway.Route{}, nodes: map[gateway.SPKI]identity.NodeID{}}
-	for i := range c.Genesis().Validators { // the ledger itself, for those who reach nothing but a gateway
-		next.routes[api.LedgerName(c.Grid())] = gateway.Route{Forward: c.Genesis().Validators[i].Address}
-		break
-	}
-	nodes, err := c.Nodes(ctx)
+	return t.read(ctx, c, c.Genesis())
+}
+
+func (t *EdgeTable) read(ctx context.Context, c api.Reader, g *ledger.Genesis) error {
+	next := newEdgeTable(g)
+	nodes, err := api.List[identity.NodeID, ledger.Node](ctx, c, ledger.NodesKey, ledger.NodeKey)
 	if err != nil {
 		return err
 	}
 	for _, n := range nodes {
-		if _, taken := next.nodes[n.TLS]; !taken { // the ledger refuses a key that is another node's; the first one has it in any case
+		// In order of registration: who was there first keeps his key and his name, whatever one who came later says.
+		if _, taken := next.nodes[n.TLS]; !taken {
 			next.nodes[n.TLS] = n.ID
 		}
-		next.routes[ServiceName(n.ID)] = gateway.Route{Servers: []gateway.Server{{Node: gateway.NodeID(n.ID)}}}
+		if _, taken := next.routes[ServiceName(n.ID)]; !taken {
+			next.routes[ServiceName(n.ID)] = gateway.Route{Servers: []gateway.Server{{Node: gateway.NodeID(n.ID)}}}
+		}
 	}
 	routes, err := api.List[string, ledger.Route](ctx, c, ledger.RoutesKey, ledger.RouteKey)
 	if err != nil {
