@@ -13,6 +13,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -263,6 +264,51 @@ func TestBrokenUploads(t *testing.T) {
 	}
 	if got := files(t, g.Blobs); !slices.Equal(got, []string{digest(data).String()}) {
 		t.Errorf("control: %v", got)
+	}
+}
+
+// A blob that rots on the validator's disk is refused by who fetches it, in words that say what to look at.
+func TestDamagedBlobs(t *testing.T) {
+	g := apitest.Start(t, nil)
+	c, ctx := g.Client(nil), g.Context()
+	keys := apitest.Key(7)
+	account := g.Account(c, keys)
+	for _, size := range []int{1, 1000, 200_000} { // within one buffer of the server, and over several
+		for name, damage := range map[string]func([]byte) []byte{
+			"untouched":     nil, // the control
+			"one bit":       func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+			"cut short":     func(b []byte) []byte { return b[:len(b)-1] },
+			"grown":         func(b []byte) []byte { return append(b, 0) },
+			"emptied":       func([]byte) []byte { return nil },
+			"the last byte": func(b []byte) []byte { b[len(b)-1]++; return b },
+		} {
+			data := random(size)
+			d := digest(data)
+			if err := c.PutBlob(ctx, d, int64(len(data)), bytes.NewReader(data), account, keys.DeviceKey()); err != nil {
+				t.Fatal(err)
+			}
+			<-g.Stored
+			if damage != nil {
+				if err := os.WriteFile(filepath.Join(g.Blobs, d.String()[:2], d.String()), damage(bytes.Clone(data)), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r, _, err := c.OpenBlob(ctx, d)
+			if err == nil {
+				_, err = io.ReadAll(r)
+				r.Close()
+			}
+			if damage == nil {
+				if err != nil {
+					t.Errorf("control of %d bytes: %v", size, err)
+				}
+				continue
+			}
+			want := fmt.Sprintf("blob %v: the grid's copy is damaged: ", d)
+			if !errors.Is(err, store.ErrDigest) || errors.Is(err, comet.ErrUnavailable) || !strings.HasPrefix(err.Error(), want) || !strings.Contains(err.Error()[len(want):], "digest") {
+				t.Errorf("%d bytes, %s: %v", size, name, err)
+			}
+		}
 	}
 }
 

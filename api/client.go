@@ -309,7 +309,35 @@ func (c *Client) OpenBlob(ctx context.Context, d store.Digest) (io.ReadCloser, i
 	if err != nil {
 		return nil, 0, err
 	}
-	return store.Verify(resp.Body, d), resp.ContentLength, nil
+	return &blob{store.Verify(&cable{resp.Body}, d), d}, resp.ContentLength, nil
+}
+
+// blob says what became of a blob that does not come as it should.
+type blob struct {
+	io.ReadCloser
+	digest store.Digest
+}
+
+func (b *blob) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	switch {
+	case errors.Is(err, store.ErrDigest):
+		err = fmt.Errorf("blob %v: the grid's copy is damaged: %w", b.digest, store.ErrDigest)
+	case err != nil && !errors.Is(err, io.EOF):
+		err = fmt.Errorf("blob %v: %w", b.digest, err)
+	}
+	return n, err
+}
+
+// cable tells what breaks on the way from what is wrong with the bytes: only the former is worth another try.
+type cable struct{ io.ReadCloser }
+
+func (c *cable) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w: %w", comet.ErrUnavailable, err)
+	}
+	return n, err
 }
 
 // PutBlob stores a blob in the name of an account.

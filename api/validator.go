@@ -251,7 +251,14 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
-	if err := v.send(w, body); err != nil {
+	err = v.send(w, body)
+	if errors.Is(err, store.ErrDigest) {
+		// All bytes are sent, as they are. The client finds out by itself, as it must anyway, and can say what is wrong;
+		// an answer that breaks off looks like trouble on the way.
+		v.log.Error("a blob on this disk is damaged", "digest", d, "error", err)
+		return
+	}
+	if err != nil {
 		v.log.Warn("send blob", "digest", d, "error", err)
 		panic(http.ErrAbortHandler) // the client must not take a part for the whole
 	}
