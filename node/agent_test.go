@@ -616,11 +616,15 @@ func TestADeadVolumeServerIsNoticed(t *testing.T) {
 	for end := time.Now().Add(5 * time.Second); a.volumes.Serving(volumeName(v.ID)) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 	}
 	// There is no network here, so that the start itself does not come off; all before it does.
+	begin := time.Now()
 	if _, err := c.step(t.Context()); err == nil || public(err) != notUp {
 		t.Errorf("step: %v", err)
 	}
 	if got := a.instances(t); len(got) != 0 {
 		t.Errorf("it goes on without its disk: %v", got)
+	}
+	if d := time.Since(begin); d > 10*time.Second {
+		t.Errorf("it had a grace of %v, in which it could do nothing", d)
 	}
 	if !a.volumes.Serving(volumeName(v.ID)) {
 		t.Error("the volume was not opened again")

@@ -88,3 +88,30 @@ func BenchmarkUnpack(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkPossession is a second owner's first use of a layer that is unpacked: he must show that he has it.
+func BenchmarkPossession(b *testing.B) {
+	r := onTmpfs(b)
+	r.cfg.Image = 1 << 30
+	data := make([]byte, 64<<10)
+	for i := range data {
+		data[i] = byte(rand.IntN(16))
+	}
+	var entries []testimage.Entry
+	for i := range 512 {
+		entries = append(entries, testimage.Entry{Header: tar.Header{Name: "d/" + strconv.Itoa(i), Mode: 0o644}, Data: data})
+	}
+	layer := testimage.Layer(entries...)
+	img := packed(b, zipped(layer))
+	if _, err := r.Unpack(b.Context(), "first", img, img.Manifest); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(layer)))
+	owner := 0
+	for b.Loop() {
+		owner++
+		if _, err := r.Unpack(b.Context(), strconv.Itoa(owner), img, img.Manifest); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
