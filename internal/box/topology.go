@@ -213,17 +213,28 @@ func Within(path string, f func() error) error {
 
 func within(ns netns.NsHandle, f func() error) error {
 	done := make(chan error, 1)
-	go func() {
-		err := errors.New("the function ended its goroutine")
-		defer func() { done <- err }() // also when f is a test that calls FailNow
-		runtime.LockOSThread()
-		if e := netns.Set(ns); e != nil {
-			err = fmt.Errorf("enter network namespace: %w", e)
-			return
-		}
-		err = f()
-	}()
+	go enter(done, ns, f)
 	return <-done
+}
+
+func enter(done chan<- error, ns netns.NsHandle, f func() error) {
+	err := errors.New("the function ended its goroutine")
+	defer func() { done <- err }() // also when f is a test that calls FailNow
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The first thread cannot end, and what /proc says of the process is what it is. It is held while another
+		// goroutine, which cannot get it, does the work.
+		inner := make(chan error, 1)
+		go enter(inner, ns, f)
+		err = <-inner
+		runtime.UnlockOSThread()
+		return
+	}
+	if e := netns.Set(ns); e != nil {
+		err = fmt.Errorf("enter network namespace: %w", e)
+		return
+	}
+	err = f()
 }
 
 // DialIn connects from inside a network namespace. The address must be a literal one.
