@@ -14,7 +14,8 @@
 //     superseded.
 //   - An Origin serves only what its own node asked it to, in that epoch, and only when the client's own TLS message and
 //     its Host header name that host. It need not believe the Edge in anything but the client's address.
-//   - What a stranger, a node or an Edge can make another hold is bounded.
+//   - What a stranger, a node or an Edge can make another hold is bounded, and shared: no address uses up a service, no
+//     service the Origin, and no workload the claims of its node.
 //
 // It never resolves names, never issues certificates, reads no file and imports no other room.
 //

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -74,11 +76,11 @@ const (
 	maxBackoff       = time.Second // a gateway that restarts has its tunnels back within it
 )
 
-// Requests at work at once, each of which may hold a connection to a workload. Above the first the service answers 503;
-// above the second only those with few requests are served, so that strangers at one host cannot keep others from theirs.
+// Requests at work at once, each of which may hold a connection to a workload and with it a descriptor of the agent. From
+// half of a limit on, only who has few gets more: one client address cannot use up a service, nor one service the Origin.
 const (
-	maxServiceRequests = 512
-	maxOriginRequests  = 4096
+	maxServiceRequests = 1024
+	maxOriginRequests  = 8192
 	fewRequests        = 16
 )
 
@@ -89,10 +91,10 @@ type Origin struct {
 	conns  chan net.Conn // to the HTTP server
 	wake   chan struct{} // one token: edges changed
 	copies copyPool
-	atWork atomic.Int64 // requests
 
 	mu       sync.Mutex
 	busy     int        // connections handed to the HTTP server, and requests at work
+	requests int        // of those, which count against the limit
 	quiet    *sync.Cond // on mu: busy is 0
 	edges    []EdgeInfo
 	links    map[EdgeInfo]*link
@@ -108,8 +110,9 @@ type served struct {
 	service   atomic.Pointer[Service]
 	transport *http.Transport
 	proxy     *httputil.ReverseProxy
-	atWork    atomic.Int64         // requests
-	conns     map[*stream]struct{} // guarded by Origin.mu
+	conns     map[*stream]struct{} // guarded by Origin.mu, like all below
+	requests  int
+	clients   map[netip.Prefix]int // requests
 }
 
 // A link keeps the tunnel to one Edge.
@@ -151,13 +154,38 @@ func NewOrigin(cfg OriginConfig) (*Origin, error) {
 	return o, nil
 }
 
-// work counts something that Run waits for; done ends it.
-func (o *Origin) work() {
+// enter counts a request, for which Run waits until it leaves, and says whether it may be served.
+func (o *Origin) enter(s *served, client netip.Prefix) bool {
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.busy++
-	o.mu.Unlock()
+	switch {
+	case o.requests >= maxOriginRequests, s.requests >= maxServiceRequests,
+		o.requests >= maxOriginRequests/2 && s.requests >= fewRequests,
+		s.requests >= maxServiceRequests/2 && s.clients[client] >= fewRequests:
+		return false
+	}
+	o.requests++
+	s.requests++
+	s.clients[client]++
+	return true
 }
 
+func (o *Origin) leave(s *served, client netip.Prefix, was bool) {
+	defer o.done()
+	if !was {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.requests--
+	s.requests--
+	if s.clients[client]--; s.clients[client] == 0 {
+		delete(s.clients, client)
+	}
+}
+
+// done ends something that Run waits for.
 func (o *Origin) done() {
 	o.mu.Lock()
 	if o.busy--; o.busy == 0 {
@@ -175,18 +203,22 @@ func (o *Origin) SetEdges(edges []EdgeInfo) {
 }
 
 // SetServices replaces what is served and announces it. Connections of a service that is no longer listed, in this
-// epoch, are cut. Services that cannot be served are left out and named in the error. It may be called at any time.
+// epoch, are cut. Services that cannot be served are left out and named in the error, and so are those that are too many,
+// the same ones each time. It may be called at any time.
 func (o *Origin) SetServices(services []Service) error {
 	var errs []error
 	wanted := make(map[Claim]Service, len(services))
 	for _, s := range services {
 		if err := s.validate(); err != nil {
 			errs = append(errs, err)
-		} else if len(wanted) == maxClaims {
-			errs = append(errs, fmt.Errorf("serve %q: more than %d services", s.Host, maxClaims))
-			break
 		} else {
 			wanted[s.claim()] = s
+		}
+	}
+	if excess := excessClaims(slices.Collect(maps.Keys(wanted))); len(excess) > 0 {
+		errs = append(errs, fmt.Errorf("serve %q and %d more: a node serves %d", excess[0].Host, len(excess)-1, maxClaims))
+		for _, c := range excess {
+			delete(wanted, c)
 		}
 	}
 	o.mu.Lock()
@@ -232,15 +264,35 @@ func (o *Origin) SetServices(services []Service) error {
 	return errors.Join(errs...)
 }
 
+// excessClaims says which of too many claims have no room. Every workload has its first before any has its second, and so
+// on, so that one with many hosts takes no other's only one.
+func excessClaims(claims []Claim) []Claim {
+	if len(claims) <= maxClaims {
+		return nil
+	}
+	slices.SortFunc(claims, func(a, b Claim) int {
+		return cmp.Or(slices.Compare(a.Workload[:], b.Workload[:]), strings.Compare(a.Host, b.Host), cmp.Compare(a.Epoch, b.Epoch))
+	})
+	rank := make(map[Claim]int, len(claims))
+	for i, c := range claims {
+		if i > 0 && claims[i-1].Workload == c.Workload {
+			rank[c] = rank[claims[i-1]] + 1
+		}
+	}
+	slices.SortStableFunc(claims, func(a, b Claim) int { return cmp.Compare(rank[a], rank[b]) })
+	return claims[maxClaims:]
+}
+
 func (o *Origin) newServed(claim Claim) *served {
-	s := &served{claim: claim, conns: make(map[*stream]struct{})}
+	s := &served{claim: claim, conns: make(map[*stream]struct{}), clients: make(map[netip.Prefix]int)}
 	s.transport = &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, dialTime)
 			defer cancel()
 			return s.service.Load().Dial(ctx)
 		},
-		DisableCompression:     true, // bodies pass as they are
+		DisableCompression:     true,               // bodies pass as they are
+		MaxConnsPerHost:        maxServiceRequests, // a dial outlives the client who gave up
 		MaxIdleConnsPerHost:    128,
 		IdleConnTimeout:        upstreamIdleTime,
 		ExpectContinueTimeout:  time.Second,
@@ -540,9 +592,16 @@ func connContext(ctx context.Context, conn net.Conn) context.Context {
 
 // serveHTTP answers one request.
 func (o *Origin) serveHTTP(w http.ResponseWriter, r *http.Request) {
-	o.work()
-	defer o.done()
 	s := r.Context().Value(servedKey{}).(*served)
+	addr, _ := netip.ParseAddrPort(r.RemoteAddr) // the client's, as the Edge tells it
+	client := clientPrefix(addr.Addr())
+	admitted := o.enter(s, client)
+	defer o.leave(s, client, admitted)
+	if !admitted {
+		w.Header().Set("Retry-After", "1")
+		plain(w, http.StatusServiceUnavailable, "the gateway works, but "+s.claim.Host+" is answering as many requests as it can: try again in a moment")
+		return
+	}
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
@@ -554,14 +613,6 @@ func (o *Origin) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case r.Method == http.MethodConnect:
 		plain(w, http.StatusMethodNotAllowed, "no proxy here")
-		return
-	}
-	total, mine := o.atWork.Add(1), s.atWork.Add(1)
-	defer o.atWork.Add(-1)
-	defer s.atWork.Add(-1)
-	if mine > maxServiceRequests || total > maxOriginRequests && mine > fewRequests {
-		w.Header().Set("Retry-After", "1")
-		plain(w, http.StatusServiceUnavailable, "the gateway works, but "+s.claim.Host+" is answering as many requests as it can: try again in a moment")
 		return
 	}
 	if handler := s.service.Load().Handler; handler != nil {
