@@ -395,6 +395,13 @@ func TestSystemNetworkAccess(t *testing.T) {
 	if _, err := dial(l.boxes[1].ns, netip.AddrPortFrom(ms[0].cfg.Self, 22), 500*time.Millisecond); err == nil {
 		t.Error("a listed node reached a port that is not opened")
 	}
+	listen(t, l.boxes[1].ns, netip.MustParseAddrPort("[::]:22"), "sshd")
+	must(t, Firewall{Main: l.boxes[1].ns, Access: []Access{{Interface: "sys0", Sources: []netip.Addr{ms[0].cfg.Self}}}}.Apply())
+	for _, port := range []uint16{22, 7000} {
+		if _, err := dial(l.boxes[0].ns, netip.AddrPortFrom(ms[1].cfg.Self, port), 500*time.Millisecond); err == nil {
+			t.Errorf("a listed node reached port %d, and none is opened", port)
+		}
+	}
 	// The one that is not listed is not heard, and hears answers all the same.
 	if _, err := dial(l.boxes[2].ns, at(0), 500*time.Millisecond); err == nil {
 		t.Error("a node that is not listed connected")

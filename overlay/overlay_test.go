@@ -117,7 +117,7 @@ func TestSetPeersRefuses(t *testing.T) {
 		"a whole prefix":                {{PublicKey: [32]byte{2}, Addrs: []Address{{Prefix: Prefix(id)}}}},
 		"the node's own address":        {{PublicKey: [32]byte{2}, Addrs: []Address{{Prefix: netip.PrefixFrom(n.cfg.Self, 128)}}}},
 		"one address for two":           {{PublicKey: [32]byte{2}, Addrs: []Address{member}}, {PublicKey: [32]byte{3}, Addrs: []Address{member}}},
-		"a peer twice":                  {{PublicKey: [32]byte{2}}, {PublicKey: [32]byte{2}}},
+		"a peer twice":                  {{PublicKey: [32]byte{2}}, {PublicKey: [32]byte{2}, Endpoint: netip.MustParseAddrPort("[2001:db8::bad]:1"), Addrs: []Address{member}}},
 		"this node":                     {{PublicKey: n.public}},
 	} {
 		honest := Peer{PublicKey: [32]byte{7}, Addrs: []Address{{Prefix: netip.PrefixFrom(Addr(id, [32]byte{7}), 128)}}}
@@ -129,7 +129,7 @@ func TestSetPeersRefuses(t *testing.T) {
 			t.Errorf("%s keeps out an honest peer: %v", name, got)
 		}
 		for key, p := range n.peers {
-			if key == n.public || key == [32]byte{3} && len(p.Addrs) > 0 {
+			if key == n.public || key == [32]byte{3} && len(p.Addrs) > 0 || p.Endpoint.IsValid() {
 				t.Errorf("%s was accepted: %v", name, p)
 			}
 		}
