@@ -21,9 +21,7 @@ import (
 
 // Limits of the API.
 const (
-	maxConns     = 1024
 	maxStreams   = 128              // requests under way on one connection
-	maxBusy      = 256              // reads and transactions under way on all connections
 	ratePerConn  = 1000             // requests a second on one connection
 	burstPerConn = 2000             //
 	bodyTime     = 10 * time.Second // to send a body
@@ -40,6 +38,8 @@ func tlsServer(c tls.Certificate) *tls.Config {
 		Certificates:     []tls.Certificate{c},
 		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768},
 		NextProtos:       []string{"h2"},
+		// A client may say who it is, to have a place of its own: whoever has no certificate is a stranger and welcome.
+		ClientAuth: tls.RequestClientCert,
 	}
 }
 
@@ -48,7 +48,7 @@ type api struct {
 	v      *Validator
 	a      *app
 	states sm.Store
-	busy   chan struct{}
+	conns  *conns
 
 	mu   sync.Mutex
 	last *types.SignedHeader // a cache
@@ -58,12 +58,12 @@ type api struct {
 // serve answers the API until ctx ends.
 func (v *Validator) serve(ctx context.Context) error {
 	a := v.replica()
-	s := &api{v: v, a: a, states: sm.NewStore(a.disk.disk.table(tableState), sm.StoreOptions{}), busy: make(chan struct{}, maxBusy)}
+	s := &api{v: v, a: a, states: sm.NewStore(a.disk.disk.table(tableState), sm.StoreOptions{}), conns: v.conns}
 	mux := http.NewServeMux()
 	mux.Handle("POST "+pathRead, s.handle(maxRequest, s.read))
-	mux.Handle("POST "+pathWatch, s.handle(maxRequest, s.watch))
+	mux.Handle("POST "+pathWatch, s.handle(maxSmall, s.watch))
 	mux.Handle("POST "+pathTx, s.handle(MaxTx, s.tx))
-	mux.Handle("POST "+pathHeader, s.handle(maxRequest, s.header))
+	mux.Handle("POST "+pathHeader, s.handle(maxSmall, s.header))
 	for pattern, h := range v.c.Handlers {
 		mux.Handle(pattern, h)
 	}
@@ -79,13 +79,15 @@ func (v *Validator) serve(ctx context.Context) error {
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: 30 * time.Second, PingTimeout: 10 * time.Second},
 		ErrorLog:          slog.NewLogLogger(v.log.Handler(), slog.LevelDebug),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
-			return context.WithValue(ctx, bucketKey{}, &bucket{tokens: burstPerConn, at: time.Now()})
+		ConnState:         s.conns.state,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			_, p := peerOf(c)
+			return context.WithValue(ctx, peerKey{}, p)
 		},
 	}
 	failed := make(chan error, 1)
 	go func() {
-		failed <- srv.ServeTLS(&limitListener{Listener: v.c.API, free: make(chan struct{}, maxConns)}, "", "")
+		failed <- srv.ServeTLS(&listener{v.c.API, s.conns}, "", "")
 	}()
 	ready := make(chan struct{})
 	go func() {
@@ -113,10 +115,22 @@ func (v *Validator) serve(ctx context.Context) error {
 	return err
 }
 
-// handle reads a bounded body, runs f, and writes what it returns.
-func (s *api) handle(limit int64, f func(ctx context.Context, body []byte) (any, error)) http.Handler {
+// handle reads a bounded body, runs f, and writes what it returns. What the body and the answer take is held until the
+// client has taken the answer.
+func (s *api) handle(limit int64, f func(ctx context.Context, c *call, body []byte) (any, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rc := http.NewResponseController(w)
+		p := r.Context().Value(peerKey{}).(*peer)
+		size := limit
+		if r.ContentLength >= 0 {
+			size = min(size, r.ContentLength)
+		}
+		release, err := s.conns.hold(r.Context(), p, int(size))
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		defer release()
 		rc.SetReadDeadline(time.Now().Add(bodyTime))
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 		if err != nil {
@@ -129,15 +143,51 @@ func (s *api) handle(limit int64, f func(ctx context.Context, body []byte) (any,
 			return
 		}
 		rc.SetReadDeadline(time.Time{})
-		out, err := f(r.Context(), body)
+		answer, release, err := s.answer(r.Context(), p, body, f)
 		rc.SetWriteDeadline(time.Now().Add(answerTime))
 		if err != nil {
 			refuse(w, err)
 			return
 		}
+		defer release()
 		w.Header().Set("Content-Type", contentType)
-		w.Write(canonical.Encode(out))
+		w.Write(answer)
 	})
+}
+
+// call is a request that is being answered.
+type call struct {
+	share *share
+	leave func() // gives back the place among those that work, nil without one
+}
+
+func (c *call) enter(ctx context.Context, places chan struct{}) error {
+	select {
+	case places <- struct{}{}:
+		c.leave = func() { <-places }
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (c *call) end() {
+	if c.leave != nil {
+		c.leave()
+	}
+}
+
+// answer runs f and encodes what it returns. The work is done when the bytes of the answer are held.
+func (s *api) answer(ctx context.Context, p *peer, body []byte, f func(context.Context, *call, []byte) (any, error)) ([]byte, func(), error) {
+	c := &call{share: s.conns.shareOf(p)}
+	defer c.end()
+	out, err := f(ctx, c, body)
+	if err != nil {
+		return nil, nil, err
+	}
+	answer := canonical.Encode(out)
+	release, err := s.conns.hold(ctx, p, len(answer))
+	return answer, release, err
 }
 
 // failure is a request that does not end well.
@@ -158,16 +208,6 @@ func refuse(w http.ResponseWriter, err error) {
 }
 
 func malformed(err error) error { return &failure{http.StatusBadRequest, kindRequest, err} }
-
-// enter bounds the work under way.
-func (s *api) enter(ctx context.Context) (leave func(), err error) {
-	select {
-	case s.busy <- struct{}{}:
-		return func() { <-s.busy }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
 
 // proven waits until the state of minHeight or a later one is provable by a block of now, for as long as wait unless that
 // is 0, and returns the newest provable state and its height.
@@ -200,7 +240,7 @@ func (s *api) proven(ctx context.Context, minHeight int64, wait time.Duration) (
 	}
 }
 
-func (s *api) read(ctx context.Context, body []byte) (any, error) {
+func (s *api) read(ctx context.Context, c *call, body []byte) (any, error) {
 	var r readRequest
 	err := decode(body, maxRequest, &r)
 	if err == nil {
@@ -213,17 +253,15 @@ func (s *api) read(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	leave, err := s.enter(ctx)
-	if err != nil {
+	if err := c.enter(ctx, c.share.work); err != nil {
 		return nil, err
 	}
-	defer leave()
 	out := readAnswer{Entries: make([]entry, 0, len(r.Keys))}
 	size := 0
 	for _, k := range r.Keys {
 		v, p := state.Get(string(k))
 		if size += len(v) + len(p); size > maxReadSize {
-			return nil, malformed(fmt.Errorf("answer has more than %d bytes, ask for fewer keys", maxReadSize))
+			return nil, &failure{http.StatusRequestEntityTooLarge, kindLarge, fmt.Errorf("answer has more than %d bytes, ask for fewer keys", maxReadSize)}
 		}
 		out.Entries = append(out.Entries, entry{Present: v != nil, Value: v, Proof: p})
 	}
@@ -262,9 +300,9 @@ func (s *api) head(height int64, known []byte) (head, error) {
 	return encodeHead(sh, set, known)
 }
 
-func (s *api) header(ctx context.Context, body []byte) (any, error) {
+func (s *api) header(ctx context.Context, c *call, body []byte) (any, error) {
 	var r headerRequest
-	if err := decode(body, maxRequest, &r); err != nil {
+	if err := decode(body, maxSmall, &r); err != nil {
 		return nil, malformed(err)
 	}
 	if r.Height < 0 {
@@ -274,20 +312,18 @@ func (s *api) header(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	leave, err := s.enter(ctx)
-	if err != nil {
+	if err := c.enter(ctx, c.share.work); err != nil {
 		return nil, err
 	}
-	defer leave()
 	if r.Height == 0 {
 		r.Height = h + 1
 	}
 	return s.head(r.Height, r.Validators)
 }
 
-func (s *api) watch(ctx context.Context, body []byte) (any, error) {
+func (s *api) watch(ctx context.Context, _ *call, body []byte) (any, error) {
 	var r watchRequest
-	if err := decode(body, maxRequest, &r); err != nil {
+	if err := decode(body, maxSmall, &r); err != nil {
 		return nil, malformed(err)
 	}
 	t := time.NewTimer(watchWait)
@@ -309,12 +345,10 @@ func (s *api) watch(ctx context.Context, body []byte) (any, error) {
 	}
 }
 
-func (s *api) tx(ctx context.Context, body []byte) (any, error) {
-	leave, err := s.enter(ctx)
-	if err != nil {
+func (s *api) tx(ctx context.Context, c *call, body []byte) (any, error) {
+	if err := c.enter(ctx, c.share.txs); err != nil {
 		return nil, err
 	}
-	defer leave()
 	ctx, cancel := context.WithTimeout(ctx, txWait)
 	defer cancel()
 	r, err := s.v.Submit(ctx, body)
@@ -332,67 +366,3 @@ func (s *api) tx(ctx context.Context, body []byte) (any, error) {
 }
 
 func first(tx []byte) []byte { h := sha256.Sum256(tx); return h[:8] }
-
-// limitListener holds at most cap(free) connections open.
-type limitListener struct {
-	net.Listener
-	free chan struct{}
-}
-
-func (l *limitListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.free <- struct{}{}:
-			return &limitConn{Conn: c, free: l.free}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type limitConn struct {
-	net.Conn
-	once sync.Once
-	free chan struct{}
-}
-
-func (c *limitConn) Close() error {
-	err := c.Conn.Close()
-	c.once.Do(func() { <-c.free })
-	return err
-}
-
-// bucket bounds the rate of requests on one connection.
-type bucket struct {
-	mu     sync.Mutex
-	tokens float64
-	at     time.Time
-}
-
-type bucketKey struct{}
-
-func (b *bucket) take(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.tokens = min(burstPerConn, b.tokens+now.Sub(b.at).Seconds()*ratePerConn)
-	b.at = now
-	if b.tokens < 1 {
-		return false
-	}
-	b.tokens--
-	return true
-}
-
-func limit(h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if b, ok := r.Context().Value(bucketKey{}).(*bucket); ok && !b.take(time.Now()) {
-			refuse(w, &failure{http.StatusTooManyRequests, kindBusy, errors.New("too many requests on this connection")})
-			return
-		}
-		h.ServeHTTP(w, r)
-	})
-}

@@ -24,6 +24,7 @@ import (
 var (
 	ErrRefused     = errors.New("transaction refused")
 	ErrUnavailable = errors.New("ledger is unavailable")
+	ErrTooLarge    = errors.New("answer is too large") // of a Read; one of fewer keys may not be
 	ErrProof       = errors.New("answer is not proven")
 	ErrRollback    = errors.New("server is behind what was seen before")
 	ErrFork        = errors.New("chain is forked")
@@ -47,10 +48,12 @@ type Server struct {
 
 // ClientConfig is a client's configuration.
 type ClientConfig struct {
-	Servers       []Server      // at least one; the next is tried when one fails or lies
-	Genesis       Genesis       // State may be empty
-	Trust         TrustStore    // keeps the newest header over restarts; nil keeps it as long as the Client
-	Verify        Verifier      // required
+	Servers []Server   // at least one; the next is tried when one fails or lies
+	Genesis Genesis    // State may be empty
+	Trust   TrustStore // keeps the newest header over restarts; nil keeps it as long as the Client
+	Verify  Verifier   // required
+	// Certificate says who the client is, to servers that keep places for it; nil is a stranger.
+	Certificate   *tls.Certificate
 	MaxAge        time.Duration // an older head is refused as stale; 0 means 30s
 	MaxClockDrift time.Duration // a head further in the future is refused; 0 means 10s
 	TrustPeriod   time.Duration // how long a header, or the genesis, vouches for later ones; 0 means for ever
@@ -108,12 +111,12 @@ func NewClient(c ClientConfig) (*Client, error) {
 		if s.Name == "" {
 			s.Name = "ledger"
 		}
-		cl.servers = append(cl.servers, newServer(s))
+		cl.servers = append(cl.servers, newServer(s, c.Certificate))
 	}
 	return cl, nil
 }
 
-func newServer(s Server) *server {
+func newServer(s Server, own *tls.Certificate) *server {
 	pins := slices.Clone(s.Pins)
 	conf := &tls.Config{
 		MinVersion:       tls.VersionTLS13,
@@ -128,6 +131,9 @@ func newServer(s Server) *server {
 			}
 			return checkPin(cs.PeerCertificates[0], pins)
 		},
+	}
+	if own != nil {
+		conf.Certificates = []tls.Certificate{*own}
 	}
 	var only http.Protocols
 	only.SetHTTP2(true)
@@ -195,8 +201,12 @@ func (c *Client) Read(ctx context.Context, keys ...string) (View, error) {
 // ReadAt is Read at minHeight or above: after a Submit that returned this height it shows what was submitted.
 func (c *Client) ReadAt(ctx context.Context, minHeight int64, keys ...string) (View, error) {
 	r := readRequest{MinHeight: minHeight}
+	asked := make(map[string]bool, len(keys))
 	for _, k := range keys {
-		r.Keys = append(r.Keys, []byte(k))
+		if !asked[k] { // a server refuses to say the same twice
+			r.Keys = append(r.Keys, []byte(k))
+		}
+		asked[k] = true
 	}
 	if err := r.check(); err != nil {
 		return View{}, fmt.Errorf("read ledger: %w", err)
@@ -352,6 +362,9 @@ func (c *Client) Do(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
+// DoAt is Do to the server of that index in ClientConfig.Servers, and no other.
+func (c *Client) DoAt(i int, r *http.Request) (*http.Response, error) { return c.servers[i].do(r) }
+
 func (c *Client) inUse() (*server, int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -384,7 +397,7 @@ func (c *Client) each(ctx context.Context, f func(context.Context, *server) erro
 			return nil
 		}
 		var p *Problem
-		if errors.As(err, &p) && (p.Kind == kindRefused || p.Kind == kindRequest || p.Kind == kindPending) {
+		if errors.As(err, &p) && (p.Kind == kindRefused || p.Kind == kindRequest || p.Kind == kindLarge || p.Kind == kindPending) {
 			return err // another server says the same
 		}
 		if ctx.Err() != nil {
@@ -442,6 +455,8 @@ func (p *Problem) Is(target error) bool {
 	switch target {
 	case ErrRefused:
 		return p.Kind == kindRefused
+	case ErrTooLarge:
+		return p.Kind == kindLarge
 	case ErrUnavailable:
 		return p.Kind == kindBehind || p.Kind == kindBusy || p.Kind == kindPending
 	}

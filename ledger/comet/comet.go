@@ -137,6 +137,8 @@ type Config struct {
 	Extend          func(height int64) []byte // vote extension for a height, at most MaxExtension; nil means none
 	VerifyExtension func(data []byte) error   // whether another validator's extension is well formed; nil accepts all
 	Handlers        map[string]http.Handler   // further paths of the API, as http.ServeMux patterns
+	Conns           int                       // of strangers to the API; 0 means 1024
+	Known           func(client Pin) bool     // whose certificate has this key is no stranger and has a place of its own; nil knows nobody
 	States          int                       // old states kept for proofs; 0 means 64
 	Log             *slog.Logger              // nil discards
 }

@@ -280,6 +280,8 @@ func TestAPIHoldsItsLimits(t *testing.T) {
 		"control: as many keys as are allowed": {pathRead, canonical.Encode(readRequest{Keys: many.Keys[:MaxKeys]}), 200},
 		"a key too many":                       {pathRead, canonical.Encode(many), 400},
 		"a key too long":                       {pathRead, canonical.Encode(readRequest{Keys: [][]byte{make([]byte, MaxKey+1)}}), 400},
+		"a key twice":                          {pathRead, canonical.Encode(readRequest{Keys: [][]byte{{1}, {2}, {1}}}), 400},
+		"a watch with more than a height":      {pathWatch, make([]byte, maxSmall+1), 413},
 		"an empty key":                         {pathRead, canonical.Encode(readRequest{Keys: [][]byte{{}}}), 400},
 		"not CBOR":                             {pathRead, []byte("{}"), 400},
 		"deeply nested CBOR":                   {pathRead, bytes.Repeat([]byte{0x81}, 100_000), 400},

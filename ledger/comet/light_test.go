@@ -49,7 +49,7 @@ func newLiar(t *testing.T, g *grid) *liar {
 	l := &liar{t: t, addr: ln.Addr().String(), pin: pin}
 	s := g.server(0)
 	s.Name = "ledger"
-	l.true = newServer(s)
+	l.true = newServer(s, nil)
 	srv := &http.Server{Handler: l, TLSConfig: tlsServer(cert)}
 	done := make(chan struct{})
 	go func() { defer close(done); srv.ServeTLS(ln, "", "") }()
@@ -352,6 +352,38 @@ func TestClientWithAMemoryIsNotLedBackOrAside(t *testing.T) {
 	c.now = time.Now
 	if _, err := c.Read(ctx, "a"); err != nil {
 		t.Errorf("control: the clock is right again: %v", err)
+	}
+
+	// A memory that names validators of its own. The control names the true ones.
+	ctl := g.client(nil)
+	if _, err := ctl.Read(ctx, "a"); err != nil {
+		t.Fatal(err)
+	}
+	top := ctl.chain.trusted()
+	truth, err := encodeHead(top.SignedHeader, top.set, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad, err := mldsa65.GenPrivKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	usurpers := types.NewValidatorSet([]*types.Validator{types.NewValidator(bad.PubKey(), 1)})
+	for name, x := range map[string]struct {
+		head head
+		want string
+	}{
+		"control: the validators of the genesis": {truth, ""},
+		"validators of its own":                  {resign(t, truth, chain, []mldsa65.PrivKey{bad}, usurpers, func(*types.Header) {}), "not those of the genesis"},
+	} {
+		planted := FileTrust(filepath.Join(t.TempDir(), "planted"))
+		if err := planted.Save(canonical.Encode(trustFile{Version: 1, Chain: chain, Head: x.head})); err != nil {
+			t.Fatal(err)
+		}
+		_, err := g.client(func(c *ClientConfig) { c.Trust = planted }).Read(ctx, "a")
+		if (err == nil) != (x.want == "") || err != nil && !strings.Contains(err.Error(), x.want) {
+			t.Errorf("a memory with %s: %v", name, err)
+		}
 	}
 
 	// The memory of another chain.

@@ -31,6 +31,7 @@ type Validator struct {
 	c     Config
 	log   *slog.Logger
 	ready chan struct{}
+	conns *conns // of the API
 
 	mu     sync.Mutex
 	app    *app // nil before and after Run
@@ -66,7 +67,7 @@ func New(c Config) (*Validator, error) {
 			return nil, fmt.Errorf("peer %s at %s: %w", p.ID, p.Addr, err)
 		}
 	}
-	return &Validator{c: c, log: c.Log, ready: make(chan struct{})}, nil
+	return &Validator{c: c, log: c.Log, ready: make(chan struct{}), conns: newConns(c.Conns, c.Known)}, nil
 }
 
 // Ready is closed when the API answers.

@@ -22,10 +22,11 @@ const (
 
 // Limits of bodies in bytes.
 const (
-	maxRequest  = 512 << 10 // read, watch, header
-	maxAnswer   = 64 << 20  // what a client accepts
+	maxRequest  = 512 << 10 // read
+	maxSmall    = 1 << 10   // watch, header
+	maxAnswer   = 16 << 20  // what a client accepts: validators of a whole chain come beside the values
 	maxProblem  = 4 << 10
-	maxReadSize = 32 << 20 // values and proofs of one answer
+	maxReadSize = 4<<20 + 256<<10 // values and proofs of one answer: the largest record of a ledger with its proof
 )
 
 // readRequest asks for keys.
@@ -39,10 +40,16 @@ func (r *readRequest) check() error {
 	if len(r.Keys) > MaxKeys {
 		return fmt.Errorf("%d keys, at most %d are allowed", len(r.Keys), MaxKeys)
 	}
+	seen := make(map[string]bool, len(r.Keys))
 	for _, k := range r.Keys {
 		if len(k) == 0 || len(k) > MaxKey {
 			return fmt.Errorf("key of %d bytes, from 1 to %d are allowed", len(k), MaxKey)
 		}
+		// A few bytes must not be answered by a large record each time that they repeat.
+		if seen[string(k)] {
+			return fmt.Errorf("key %q is asked for twice", k)
+		}
+		seen[string(k)] = true
 	}
 	if len(r.Validators) > 64 {
 		return errors.New("hash of the validator set is too long")
@@ -104,6 +111,7 @@ const (
 	kindGone    = "gone"    // the server no longer has the height
 	kindPending = "pending" // the transaction waits; ask again
 	kindBusy    = "busy"
+	kindLarge   = "large" // the answer would be; ask for fewer keys
 )
 
 func encodeHead(sh *types.SignedHeader, set *types.ValidatorSet, known []byte) (head, error) {
