@@ -113,9 +113,12 @@ func (c *Client) Follow(ctx context.Context, changed func()) error {
 	}
 }
 
+// A View holds records that are proved at one height.
+type View = comet.View
+
 // Reader reads proved records.
 type Reader interface {
-	Read(ctx context.Context, keys ...string) (comet.View, error)
+	Read(ctx context.Context, keys ...string) (View, error)
 }
 
 // Get reads one record; ledger.ErrAbsent says that it is proved not to be there.
@@ -192,6 +195,9 @@ func (c *Client) Nodes(ctx context.Context) ([]*ledger.Node, error) {
 
 // ErrRefused is returned for a transaction that the ledger did not accept.
 var ErrRefused = comet.ErrRefused
+
+// ErrUnavailable says that the ledger did not answer, now.
+var ErrUnavailable = comet.ErrUnavailable
 
 // Submit sends a signed transaction and waits until it is in a block. It returns the height.
 func (c *Client) Submit(ctx context.Context, tx *ledger.Tx) (int64, error) {

@@ -19,11 +19,11 @@ import (
 	"time"
 	"unsafe"
 
+	"holdfast/api"
 	"holdfast/contract"
 	"holdfast/identity"
 	"holdfast/internal/canonical"
 	"holdfast/ledger"
-	"holdfast/ledger/comet"
 	"holdfast/sandbox"
 	"holdfast/volume"
 
@@ -441,8 +441,8 @@ var tooLong = []byte("too long")
 func (r records) put(key string, v any) { r[key] = canonical.Encode(v) }
 
 // Read implements api.Reader.
-func (r records) Read(_ context.Context, keys ...string) (comet.View, error) {
-	var v comet.View
+func (r records) Read(_ context.Context, keys ...string) (api.View, error) {
+	var v api.View
 	values := map[string][]byte{}
 	for _, k := range keys {
 		if values[k] = r[k]; bytes.Equal(r[k], tooLong) {

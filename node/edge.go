@@ -12,7 +12,6 @@ import (
 	"holdfast/gateway"
 	"holdfast/identity"
 	"holdfast/ledger"
-	"holdfast/ledger/comet"
 )
 
 // TunnelName is the TLS server name under which nodes dial a grid's gateways.
@@ -89,7 +88,7 @@ func (t *EdgeTable) read(ctx context.Context, c api.Reader, g *ledger.Genesis) e
 		if !ok {
 			if as, err = api.Get[ledger.Assignments](ctx, c, ledger.AssignmentsKey(r.Contract)); errors.Is(err, ledger.ErrAbsent) {
 				as = &ledger.Assignments{}
-			} else if errors.Is(err, comet.ErrUnavailable) {
+			} else if errors.Is(err, api.ErrUnavailable) {
 				return err
 			} else if err != nil {
 				errs = append(errs, fmt.Errorf("assignments of %v: %w", r.Contract, err))

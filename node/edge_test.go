@@ -12,7 +12,6 @@ import (
 	"holdfast/gateway"
 	"holdfast/identity"
 	"holdfast/ledger"
-	"holdfast/ledger/comet"
 	"holdfast/overlay"
 )
 
@@ -76,7 +75,7 @@ func TestABadContractClosesNoOthersRoutes(t *testing.T) {
 	}
 	// A ledger that cannot be reached is no bad contract: what was read last stays, all of it.
 	before := table.current.Load()
-	if err := table.read(t.Context(), unreachable{saved, ledger.AssignmentsKey(good)}, g); !errors.Is(err, comet.ErrUnavailable) || table.current.Load() != before {
+	if err := table.read(t.Context(), unreachable{saved, ledger.AssignmentsKey(good)}, g); !errors.Is(err, api.ErrUnavailable) || table.current.Load() != before {
 		t.Errorf("half a table: %v", err)
 	}
 	if route, _ := table.Lookup(api.LedgerName(g.GridID())); route.Forward != g.Validators[0].Address {
@@ -111,9 +110,9 @@ type unreachable struct {
 	at string
 }
 
-func (u unreachable) Read(ctx context.Context, keys ...string) (comet.View, error) {
+func (u unreachable) Read(ctx context.Context, keys ...string) (api.View, error) {
 	if keys[0] == u.at {
-		return comet.View{}, fmt.Errorf("%w: gone", comet.ErrUnavailable)
+		return api.View{}, fmt.Errorf("%w: gone", api.ErrUnavailable)
 	}
 	return u.records.Read(ctx, keys...)
 }
