@@ -3,6 +3,7 @@ package api
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"holdfast/access"
@@ -24,9 +26,11 @@ import (
 type ClientConfig struct {
 	Genesis *ledger.Genesis
 	// Dial connects to one validator's API. Nil dials the address in the genesis.
-	Dial  func(ctx context.Context, v *ledger.Validator) (net.Conn, error)
-	Trust string // file that remembers the newest header; "" forgets it with the client
-	Log   *slog.Logger
+	Dial func(ctx context.Context, v *ledger.Validator) (net.Conn, error)
+	// Certificate says who the client is: validators keep places for the nodes and gateways of the ledger. Nil is a stranger.
+	Certificate *tls.Certificate
+	Trust       string // file that remembers the newest header; "" forgets it with the client
+	Log         *slog.Logger
 }
 
 // Client reads and changes one grid. It is safe for concurrent use.
@@ -35,6 +39,11 @@ type Client struct {
 	grid    identity.GridID
 	comet   *comet.Client
 	log     *slog.Logger
+
+	beats   sync.WaitGroup
+	beating []chan struct{} // heartbeats under way, by validator
+	ctx     context.Context // of these
+	cancel  func()
 }
 
 // LedgerName is the TLS server name of a grid's ledger API, also behind gateways.
@@ -43,10 +52,11 @@ func LedgerName(grid identity.GridID) string { return "ledger." + grid.Short() +
 // NewClient checks the configuration and dials nothing.
 func NewClient(cfg ClientConfig) (*Client, error) {
 	c := &Client{genesis: cfg.Genesis, grid: cfg.Genesis.GridID(), log: cfg.Log}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
-	cc := comet.ClientConfig{Genesis: CometGenesis(cfg.Genesis), Verify: ledger.VerifyProof, Log: cfg.Log}
+	cc := comet.ClientConfig{Genesis: CometGenesis(cfg.Genesis), Verify: ledger.VerifyProof, Certificate: cfg.Certificate, Log: cfg.Log}
 	if cfg.Trust != "" {
 		cc.Trust = comet.FileTrust(cfg.Trust)
 	}
@@ -59,6 +69,7 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 		if cfg.Dial != nil {
 			dial = func(ctx context.Context) (net.Conn, error) { return cfg.Dial(ctx, v) }
 		}
+		c.beating = append(c.beating, make(chan struct{}, maxBeats))
 		cc.Servers = append(cc.Servers, comet.Server{Dial: dial, Name: LedgerName(c.grid), Pins: []comet.Pin{v.TLS}})
 	}
 	var err error
@@ -68,8 +79,12 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	return c, nil
 }
 
-// Close closes idle connections.
-func (c *Client) Close() { c.comet.Close() }
+// Close ends heartbeats that are still on their way, and closes idle connections.
+func (c *Client) Close() {
+	c.cancel()
+	c.beats.Wait()
+	c.comet.Close()
+}
 
 // Grid is the grid's ID.
 func (c *Client) Grid() identity.GridID { return c.grid }
@@ -140,9 +155,14 @@ const maxKeys = 64
 // GetAll reads the records of many keys, in their order; those that are absent are nil.
 func GetAll[T any](ctx context.Context, r Reader, keys []string) ([]*T, error) {
 	out := make([]*T, 0, len(keys))
+	most := maxKeys
 	for len(keys) > 0 {
-		n := min(len(keys), maxKeys)
+		n := min(len(keys), most)
 		v, err := r.Read(ctx, keys[:n]...)
+		if errors.Is(err, comet.ErrTooLarge) && n > 1 {
+			most = n / 2
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -248,13 +268,58 @@ func (c *Client) Act(ctx context.Context, kind ledger.Kind, a ledger.Actor, payl
 	return tx, nil
 }
 
-// Heartbeat sends one.
+// maxBeats bounds the heartbeats on their way to one validator: one that hangs does not gather them without end.
+const maxBeats = 8
+
+// Heartbeat sends one to every validator, and returns when validators of two thirds of the power have heard it: then
+// more than a third that are honest have, and the ledger does not take the node for dead. The others hear it too, unless
+// it takes longer than a lease; a heartbeat that too few have heard is an error, and must not renew a lease.
 func (c *Client) Heartbeat(ctx context.Context, raw []byte) error {
-	resp, err := c.do(ctx, http.MethodPost, "/v1/heartbeat", bytes.NewReader(raw), nil)
-	if err != nil {
-		return fmt.Errorf("heartbeat: %w", err)
+	type answer struct {
+		power int64
+		err   error
 	}
-	return resp.Body.Close()
+	vs := c.genesis.Validators
+	answers := make(chan answer, len(vs))
+	total := int64(0)
+	for i := range vs {
+		v := &vs[i]
+		total += v.Power
+		select {
+		case c.beating[i] <- struct{}{}:
+		default:
+			answers <- answer{0, fmt.Errorf("validator %s: %w: %d heartbeats are on their way", v.Name, comet.ErrUnavailable, maxBeats)}
+			continue
+		}
+		c.beats.Go(func() {
+			defer func() { <-c.beating[i] }()
+			bctx, cancel := context.WithTimeout(c.ctx, max(c.genesis.Lease, time.Second))
+			defer cancel()
+			resp, err := c.doAt(bctx, i, http.MethodPost, "/v1/heartbeat", bytes.NewReader(raw), nil)
+			if err != nil {
+				answers <- answer{0, fmt.Errorf("validator %s: %w", v.Name, err)}
+				return
+			}
+			resp.Body.Close()
+			answers <- answer{v.Power, nil}
+		})
+	}
+	var heard int64
+	var errs []error
+	for range vs {
+		select {
+		case a := <-answers:
+			if a.err != nil {
+				errs = append(errs, a.err)
+			}
+			if heard += a.power; 3*heard >= 2*total {
+				return nil
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("heartbeat: heard by %d of %d of the power: %w", heard, total, errors.Join(append(errs, ctx.Err())...))
+		}
+	}
+	return fmt.Errorf("heartbeat: heard by %d of %d of the power: %w", heard, total, errors.Join(errs...))
 }
 
 // Reports returns what each node last said of its workloads, as far as it verifies against the nodes' session keys.
@@ -298,9 +363,12 @@ func (c *Client) Reports(ctx context.Context, nodes []*ledger.Node) ([]*ledger.H
 	return out, nil
 }
 
+// keeper is the one validator that keeps blobs in this version.
+const keeper = 0
+
 // HasBlob reports whether the grid holds a blob.
 func (c *Client) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
-	resp, err := c.do(ctx, http.MethodHead, "/v1/blob/"+d.String(), nil, nil)
+	resp, err := c.doAt(ctx, keeper, http.MethodHead, "/v1/blob/"+d.String(), nil, nil)
 	if errors.Is(err, store.ErrAbsent) {
 		return false, nil
 	} else if err != nil {
@@ -311,7 +379,7 @@ func (c *Client) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
 
 // OpenBlob fetches a blob; the reader fails at its end if the bytes do not have the digest.
 func (c *Client) OpenBlob(ctx context.Context, d store.Digest) (io.ReadCloser, int64, error) {
-	resp, err := c.do(ctx, http.MethodGet, "/v1/blob/"+d.String(), nil, nil)
+	resp, err := c.doAt(ctx, keeper, http.MethodGet, "/v1/blob/"+d.String(), nil, nil)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -348,10 +416,9 @@ func (c *cable) Read(p []byte) (int, error) {
 
 // PutBlob stores a blob in the name of an account.
 func (c *Client) PutBlob(ctx context.Context, d store.Digest, size int64, r io.Reader, account identity.AccountID, key *identity.PrivateKey) error {
-	resp, err := c.do(ctx, http.MethodPut, "/v1/blob/"+d.String(), r, func(req *http.Request) {
+	resp, err := c.doAt(ctx, keeper, http.MethodPut, "/v1/blob/"+d.String(), r, func(req *http.Request) {
 		req.ContentLength = size
-		// One validator keeps blobs in this version, the first one.
-		access.Sign(req, c.genesis.Validators[0].TLS, account, key, time.Now())
+		access.Sign(req, c.genesis.Validators[keeper].TLS, account, key, time.Now())
 	})
 	if err != nil {
 		return fmt.Errorf("put blob: %w", err)
@@ -360,6 +427,11 @@ func (c *Client) PutBlob(ctx context.Context, d store.Digest, size int64, r io.R
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
+	return c.doAt(ctx, -1, method, path, body, prepare)
+}
+
+// doAt asks one validator, or with -1 the one in use.
+func (c *Client) doAt(ctx context.Context, i int, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "https://"+LedgerName(c.grid)+path, body)
 	if err != nil {
 		return nil, err
@@ -367,7 +439,12 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader, pr
 	if prepare != nil {
 		prepare(req)
 	}
-	resp, err := c.comet.Do(req)
+	var resp *http.Response
+	if i < 0 {
+		resp, err = c.comet.Do(req)
+	} else {
+		resp, err = c.comet.DoAt(i, req)
+	}
 	if err != nil {
 		return nil, err
 	}

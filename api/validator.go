@@ -14,6 +14,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -22,11 +23,12 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"sync"
+	"syscall"
 	"time"
 
 	"holdfast/access"
 	"holdfast/identity"
-	"holdfast/internal/canonical"
 	"holdfast/ledger"
 	"holdfast/ledger/comet"
 	"holdfast/store"
@@ -44,6 +46,7 @@ type ValidatorConfig struct {
 	API      net.Listener
 	TLS      tls.Certificate
 	Blobs    store.Blobs
+	Quota    Quota
 	Timeouts comet.Timeouts // zero is the lab's
 	Idle     time.Duration  // how long a request or an answer may stand still; 0 means 30 s
 	Log      *slog.Logger
@@ -55,7 +58,13 @@ type Validator struct {
 	pin   comet.Pin
 	ears  *ledger.Ears
 	comet *comet.Validator
+	used  *usage // of the store, while it runs
 	log   *slog.Logger
+
+	mu       sync.Mutex
+	nodes    string // the lists of the ledger that members was made from
+	gateways string
+	members  map[comet.Pin]bool // the keys of the certificates of nodes and gateways
 }
 
 // NewValidator checks the configuration; nothing happens before Run.
@@ -101,7 +110,8 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 			"GET /v1/blob/{digest}": http.HandlerFunc(v.getBlob), // and HEAD
 			"PUT /v1/blob/{digest}": http.HandlerFunc(v.putBlob),
 		},
-		Log: v.log,
+		Known: v.known,
+		Log:   v.log,
 	})
 	if err != nil {
 		return nil, err
@@ -110,9 +120,56 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 }
 
 // Run takes part until ctx ends.
-func (v *Validator) Run(ctx context.Context) error {
+func (v *Validator) Run(ctx context.Context) (err error) {
+	if v.used, err = openUsage(v.cfg.Home, v.cfg.Blobs, v.cfg.Quota, v.cfg.Genesis.GridAccount()); err != nil {
+		v.cfg.API.Close()
+		return err
+	}
+	defer func() { err = errors.Join(err, v.used.close()) }()
 	v.ears = ledger.NewEars(v.cfg.Genesis, time.Now())
 	return v.comet.Run(ctx)
+}
+
+// known says whether a key is that of a node's or a gateway's certificate: these have places of their own, which
+// strangers cannot take.
+func (v *Validator) known(p comet.Pin) bool {
+	s := v.state()
+	if s == nil {
+		return false
+	}
+	nodes, _ := s.Get(ledger.NodesKey)
+	gateways, _ := s.Get(ledger.GatewaysKey)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.members == nil || string(nodes) != v.nodes || string(gateways) != v.gateways {
+		v.members, v.nodes, v.gateways = map[comet.Pin]bool{}, string(nodes), string(gateways)
+		for _, n := range records[identity.NodeID, ledger.Node](s, nodes, ledger.NodeKey) {
+			v.members[n.TLS] = true
+		}
+		for _, g := range records[identity.GatewayID, ledger.Gateway](s, gateways, ledger.GatewayKey) {
+			v.members[comet.Pin(g.ID)] = true
+		}
+	}
+	return v.members[p]
+}
+
+// records reads those records of a list that can be read.
+func records[ID, T any](s *ledger.State, list []byte, key func(ID) string) []*T {
+	if list == nil {
+		return nil
+	}
+	ids, err := ledger.Decode[[]ID](list)
+	if err != nil {
+		return nil
+	}
+	var out []*T
+	for _, id := range *ids {
+		raw, _ := s.Get(key(id))
+		if x, err := ledger.Decode[T](raw); err == nil {
+			out = append(out, x)
+		}
+	}
+	return out
 }
 
 // Ready is closed when the API answers.
@@ -192,7 +249,32 @@ func (t *timed) Write(p []byte) (int, error) {
 	return t.w.Write(p)
 }
 
+// What a request holds of the validator's memory beside its body: an open file with its buffers, and no more than
+// maxReportHeld for the reports, which are held once for all who read them at the same time.
+const (
+	streamHeld    = 64 << 10
+	maxReportHeld = 8 << 20
+)
+
+// hold takes memory for a request, or says that there is none.
+func (v *Validator) hold(w http.ResponseWriter, r *http.Request, n int) (release func(), ok bool) {
+	release, err := v.comet.Hold(r.Context(), n)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+	}
+	return release, err == nil
+}
+
 func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
+	size := int64(ledger.MaxHeartbeat)
+	if r.ContentLength >= 0 {
+		size = min(size, r.ContentLength)
+	}
+	release, ok := v.hold(w, r, int(size))
+	if !ok {
+		return
+	}
+	defer release()
 	raw, err := io.ReadAll(http.MaxBytesReader(w, v.body(w, r), ledger.MaxHeartbeat))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -210,9 +292,34 @@ func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-func (v *Validator) reports(w http.ResponseWriter, _ *http.Request) {
+func (v *Validator) reports(w http.ResponseWriter, r *http.Request) {
+	all := v.ears.Reports()
+	// Piece by piece: nothing is copied for the one who asks.
+	parts, size := []io.Reader{bytes.NewReader(cborHead(0x80, len(all)))}, 0
+	for _, raw := range all {
+		parts = append(parts, bytes.NewReader(cborHead(0x40, len(raw))), bytes.NewReader(raw))
+		size += len(raw)
+	}
+	release, ok := v.hold(w, r, min(streamHeld+size, maxReportHeld))
+	if !ok {
+		return
+	}
+	defer release()
 	w.Header().Set("Content-Type", "application/cbor")
-	v.send(w, bytes.NewReader(canonical.Encode(v.ears.Reports())))
+	v.send(w, io.MultiReader(parts...))
+}
+
+// cborHead begins an array (0x80) or a byte string (0x40) of n, in the shortest form.
+func cborHead(major byte, n int) []byte {
+	switch {
+	case n < 24:
+		return []byte{major | byte(n)}
+	case n < 1<<8:
+		return []byte{major | 24, byte(n)}
+	case n < 1<<16:
+		return binary.BigEndian.AppendUint16([]byte{major | 25}, uint16(n))
+	}
+	return binary.BigEndian.AppendUint32([]byte{major | 26}, uint32(n))
 }
 
 // send writes an answer as long as the client takes some of it now and then.
@@ -236,6 +343,11 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
+	release, ok := v.hold(w, r, streamHeld)
+	if !ok {
+		return
+	}
+	defer release()
 	body, size, err := v.cfg.Blobs.Open(r.Context(), d)
 	if err != nil {
 		code := http.StatusInternalServerError
@@ -269,7 +381,8 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	if _, _, err := access.Verify(r, v.pin, time.Now(), v.account); err != nil {
+	account, _, err := access.Verify(r, v.pin, time.Now(), v.account)
+	if err != nil {
 		http.Error(w, err.Error(), http.StatusForbidden)
 		return
 	}
@@ -277,9 +390,18 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, fmt.Sprintf("%v: at most %d bytes", store.ErrTooBig, int64(MaxBlob)), http.StatusRequestEntityTooLarge)
 		return
 	}
-	if err := v.cfg.Blobs.Put(r.Context(), d, http.MaxBytesReader(w, v.body(w, r), MaxBlob+1)); err != nil {
+	release, ok := v.hold(w, r, streamHeld)
+	if !ok {
+		return
+	}
+	defer release()
+	if err := v.store(r.Context(), account.ID, d, r.ContentLength, http.MaxBytesReader(w, v.body(w, r), MaxBlob+1)); err != nil {
 		code := http.StatusInternalServerError
 		switch {
+		case errors.Is(err, syscall.ENOSPC):
+			code, err = http.StatusInsufficientStorage, errors.New("the disk of the grid's store is full; its operator must make room there")
+		case errors.Is(err, errQuota):
+			code = http.StatusInsufficientStorage
 		case errors.Is(err, store.ErrDigest):
 			code = http.StatusBadRequest
 		case errors.Is(err, store.ErrTooBig):
@@ -289,6 +411,26 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// store puts a blob at an account's cost, unless it is there.
+func (v *Validator) store(ctx context.Context, id identity.AccountID, d store.Digest, size int64, r io.Reader) error {
+	have, err := v.cfg.Blobs.Has(ctx, d)
+	if err != nil {
+		return err
+	}
+	if have {
+		return v.cfg.Blobs.Put(ctx, d, r) // which has nothing to do
+	}
+	up, err := v.used.begin(id, size)
+	if err != nil {
+		return fmt.Errorf("put %v: %w", d, err)
+	}
+	if err := v.cfg.Blobs.Put(ctx, d, up.meter(r)); err != nil {
+		up.drop()
+		return err
+	}
+	return up.done(d)
 }
 
 func (v *Validator) account(id identity.AccountID) (*identity.Account, error) {

@@ -47,6 +47,8 @@ type Blobs interface {
 	Put(ctx context.Context, d Digest, r io.Reader) error
 	// Open returns the blob and its size. The reader fails at its end if the bytes on disk have changed.
 	Open(ctx context.Context, d Digest) (io.ReadCloser, int64, error)
+	// Each calls f for every blob, in no order, until f fails.
+	Each(f func(d Digest, size int64) error) error
 }
 
 // Dir keeps blobs as files of a directory. The directory belongs to one process at a time.
@@ -143,6 +145,28 @@ func (s *Dir) Open(_ context.Context, d Digest) (io.ReadCloser, int64, error) {
 		return nil, 0, err
 	}
 	return Verify(f, d), st.Size(), nil
+}
+
+// Each implements Blobs.
+func (s *Dir) Each(f func(d Digest, size int64) error) error {
+	err := filepath.WalkDir(s.root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		d, err := ParseDigest(e.Name())
+		if err != nil {
+			return nil // not a blob yet, or somebody else's
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		return f(d, info.Size())
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // Remove deletes a blob, if it is there.

@@ -190,6 +190,7 @@ type Node struct {
 	Key     *identity.PrivateKey
 	Open    *identity.OpeningKey
 	Session ed25519.PrivateKey
+	TLS     tls.Certificate
 	grid    identity.GridID
 	beat    uint64
 }
@@ -207,11 +208,19 @@ func (g *Grid) Node(c *api.Client, name string, seed byte) *Node {
 		g.T.Fatal(err)
 	}
 	n := &Node{Name: name, Key: identity.NewKey([32]byte{seed, 4}), Open: open, Session: ed25519.NewKeyFromSeed(append([]byte{seed, 5}, make([]byte, 30)...)), grid: c.Grid()}
+	n.TLS, err = comet.LoadCertificate(filepath.Join(g.T.TempDir(), "tls.pem"), name)
+	if err != nil {
+		g.T.Fatal(err)
+	}
+	pin, err := comet.PinOf(n.TLS)
+	if err != nil {
+		g.T.Fatal(err)
+	}
 	pub := n.Key.Public()
 	n.ID = pub.Node()
 	a := &ledger.NodeAdmit{
 		Farm: identity.FarmID(farm.ID()), Name: name, Key: pub, Sealing: open.Public(), Session: [32]byte(n.Session.Public().(ed25519.PublicKey)),
-		WireGuard: sha256.Sum256([]byte{seed, 6}), TLS: sha256.Sum256([]byte{seed, 7}), Endpoints: []string{"2001:db8::1"}, CPUMilli: 4000, Memory: 8 << 30,
+		WireGuard: sha256.Sum256([]byte{seed, 6}), TLS: pin, Endpoints: []string{"2001:db8::1"}, CPUMilli: 4000, Memory: 8 << 30,
 	}
 	a.Proof = n.Key.Sign(ledger.NodeAdmitPurpose, a.ProofBytes(c.Grid()))
 	if _, err := c.Act(g.Context(), ledger.KindNodeAdmit, admin, a, key); err != nil {
