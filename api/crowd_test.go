@@ -63,6 +63,8 @@ func TestStrangersDoNotLockANodeOut(t *testing.T) {
 				if err != nil {
 					continue
 				}
+				// The preface and empty settings: from here on it is an idle connection of HTTP/2.
+				raw.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"))
 				mu.Lock()
 				held = append(held, raw)
 				mu.Unlock()

@@ -231,7 +231,7 @@ func (g *Grid) Node(c *api.Client, name string, seed byte) *Node {
 
 // Heartbeat is the node's next one, signed by its session key.
 func (n *Node) Heartbeat(reports ...ledger.Report) *ledger.Heartbeat {
-	n.beat++
+	n.beat = max(n.beat+1, uint64(time.Now().UnixNano()))
 	h := &ledger.Heartbeat{Grid: n.grid, Node: n.ID, Sequence: n.beat, Workloads: reports}
 	h.Sign(n.Session)
 	return h
