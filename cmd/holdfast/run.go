@@ -182,7 +182,7 @@ func runGateway(ctx context.Context, c *grid.GatewayConfig) error {
 	if err != nil {
 		return err
 	}
-	client, err := api.NewClient(api.ClientConfig{Genesis: g, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
+	client, err := api.NewClient(api.ClientConfig{Genesis: g, Certificate: &cert, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
 	if err != nil {
 		return err
 	}
@@ -230,7 +230,7 @@ func runNode(ctx context.Context, c *grid.NodeConfig) error {
 	if err != nil {
 		return err
 	}
-	client, err := api.NewClient(api.ClientConfig{Genesis: g, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
+	client, err := api.NewClient(api.ClientConfig{Genesis: g, Certificate: &keys.TLS, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
 	if err != nil {
 		return err
 	}
