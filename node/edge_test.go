@@ -135,12 +135,12 @@ func TestMeshCarriesEpochs(t *testing.T) {
 		t.Fatalf("%+v", ms)
 	}
 	if want := (overlay.Address{Prefix: host(overlay.Addr(net, here)), Epoch: 3}); ms[0].Own[0] != want {
-		t.Errorf("own workload: %v, want %v", ms[0].Own[0], want)
+		t.Errorf("own workload: %#v, want %#v", ms[0].Own[0], want)
 	}
 	if want := (overlay.Address{Prefix: host(overlay.Addr(net, there)), Epoch: 4}); ms[0].Peers[0].Addrs[0] != want {
-		t.Errorf("the peer's workload: %v, want %v", ms[0].Peers[0].Addrs[0], want)
+		t.Errorf("the peer's workload: %#v, want %#v", ms[0].Peers[0].Addrs[0], want)
 	}
 	if want := (overlay.Address{Prefix: host(overlay.Addr(net, other.ID))}); ms[0].Peers[0].Addrs[1] != want {
-		t.Errorf("the peer: %v, want %v", ms[0].Peers[0].Addrs[1], want)
+		t.Errorf("the peer: %#v, want %#v", ms[0].Peers[0].Addrs[1], want)
 	}
 }
