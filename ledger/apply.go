@@ -1,7 +1,6 @@
 package ledger
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -96,32 +95,61 @@ func payload[T any](tx *Tx) (*T, error) {
 	return p, nil
 }
 
-// apply executes one transaction on b. After an error b is in an undefined state and must be dropped.
-func (b *batch) apply(raw []byte) (code uint32, err error) {
+// apply executes one transaction on b. After an error b is in an undefined state and must be dropped. A tx that comes with
+// the error has used up its nonce all the same.
+func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 	tx, err := DecodeTx(raw)
 	if err != nil {
-		return CodeInvalid, err
+		return nil, CodeInvalid, err
 	}
 	who, err := b.authenticate(raw, tx)
 	if err != nil {
-		return CodeInvalid, err
+		return nil, CodeInvalid, err
 	}
 	if tx.Kind != KindAccountCreate {
-		last := uint64(0)
-		if n, err := get[uint64](&b.State, NonceKey(tx.Actor)); err == nil {
-			last = *n
+		last, err := orZero(get[uint64](&b.State, NonceKey(tx.Actor)))
+		if err != nil {
+			return nil, CodeRefused, fmt.Errorf("nonce: %w", err)
 		}
-		if tx.Nonce != last+1 {
-			return CodeNonce, fmt.Errorf("nonce %d, the next one is %d: it was executed before, or another transaction comes first", tx.Nonce, last+1)
+		if tx.Nonce != *last+1 {
+			return nil, CodeNonce, fmt.Errorf("nonce %d, the next one is %d: it was executed before, or another transaction comes first", tx.Nonce, *last+1)
 		}
 		set(b, NonceKey(tx.Actor), &tx.Nonce)
 	} else if tx.Nonce != 0 || tx.Actor != (Actor{}) {
-		return CodeInvalid, errors.New("an account's creation has no actor and no nonce")
+		return nil, CodeInvalid, errors.New("an account's creation has no actor and no nonce")
 	}
 	if err := b.execute(tx, who); err != nil {
-		return CodeRefused, fmt.Errorf("%s: %w", tx.Kind, err)
+		err = fmt.Errorf("%s: %w", tx.Kind, err)
+		if who.could(tx.Kind) {
+			return tx, CodeRefused, err
+		}
+		return nil, CodeRefused, err
 	}
-	return CodeOK, nil
+	return nil, CodeOK, nil
+}
+
+// acts of each kind: what the account's policy is asked for.
+var acts = map[Kind][]identity.Act{
+	KindFarmAdmit:      {identity.ActAdmitFarm},
+	KindNodeAdmit:      {identity.ActAdmitNode},
+	KindGatewayAdmit:   {identity.ActAdmitGateway},
+	KindContractSubmit: {identity.ActCreate, identity.ActRevise},
+	KindContractCancel: {identity.ActCancel},
+	KindEnvelopePut:    {identity.ActRevise},
+}
+
+// could reports whether the signers satisfy the actor's policy for this kind of transaction. Only then does a refusal use up
+// the nonce: one stolen device of several must not be able to hold up its account.
+func (w *signers) could(kind Kind) bool {
+	switch as, known := acts[kind]; {
+	case w.node != nil:
+		return true
+	case w.account == nil:
+		return false
+	case known:
+		return slices.ContainsFunc(as, func(a identity.Act) bool { return w.account.Allows(a, w.devices) == nil })
+	}
+	return w.account.Allows(identity.ActDefault, w.devices) == nil
 }
 
 func (b *batch) execute(tx *Tx, who *signers) error {
@@ -203,8 +231,7 @@ func (b *batch) farmAdmit(tx *Tx, who *signers, p *FarmAdmit) error {
 	f := &Farm{ID: identity.FarmID(tx.ID()), Name: p.Name, Owner: p.Owner}
 	set(b, FarmKey(f.ID), f)
 	set(b, farmNameKey(p.Name), &f.ID)
-	push(b, FarmsKey, f.ID)
-	return nil
+	return push(b, FarmsKey, f.ID)
 }
 
 func validEndpoints(eps []string) error {
@@ -246,17 +273,68 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	if err := b.sigs.verify(&p.Key, NodeAdmitPurpose, p.ProofBytes(b.grid().ID), &p.Proof); err != nil {
 		return fmt.Errorf("proof of %v: %w", id, err)
 	}
-	all := list[identity.NodeID](&b.State, NodesKey)
-	if len(all) >= MaxNodes {
-		return fmt.Errorf("the grid has %d nodes, more are not allowed", len(all))
+	if len(b.fleet) >= MaxNodes {
+		return fmt.Errorf("the grid has %d nodes, more are not allowed", len(b.fleet))
+	}
+	for _, k := range []struct {
+		use string
+		key [32]byte
+	}{{useWireGuard, p.WireGuard}, {useTLS, p.TLS}, {useSession, p.Session}} {
+		if err := b.claim(k.use, k.key, id); err != nil {
+			return err
+		}
 	}
 	n := &Node{
 		ID: id, Name: p.Name, Farm: f.ID, FarmName: f.Name, Key: p.Key, Sealing: p.Sealing, WireGuard: p.WireGuard, TLS: p.TLS,
-		Session: p.Session, Endpoints: p.Endpoints, CPUMilli: p.CPUMilli, Memory: p.Memory, Index: uint32(len(all)), Since: b.clock.Time,
+		Session: p.Session, Endpoints: p.Endpoints, CPUMilli: p.CPUMilli, Memory: p.Memory, Index: uint32(len(b.fleet)), Since: b.clock.Time,
 	}
 	set(b, NodeKey(id), n)
 	set(b, nodeNameKey(p.Name), &id)
-	push(b, NodesKey, id)
+	b.fleet = append(slices.Clone(b.fleet), schedule.Node{
+		ID: id, Name: n.Name, Farm: n.FarmName, CPUMilli: int64(n.CPUMilli), Memory: memoryOf(n), Workloads: schedule.MaxWorkloads,
+	})
+	return push(b, NodesKey, id)
+}
+
+// Uses of a node's keys, as they are named in its records and in refusals.
+const (
+	useWireGuard = "WireGuard"
+	useTLS       = "TLS"
+	useSession   = "session"
+)
+
+// claim gives a key of node id to it alone. With another's WireGuard key a node would take its peers' traffic or cut it off,
+// with another's TLS key its place at the gateways, with another's session key its signs of life.
+func (b *batch) claim(use string, key [32]byte, id identity.NodeID) error {
+	if key == ([32]byte{}) {
+		return fmt.Errorf("%s key is missing", use)
+	}
+	if use == useTLS {
+		if err := b.freeTLS(key); err != nil {
+			return err
+		}
+	} else if _, taken := b.tree.get(nodeKeyKey(use, key)); taken {
+		return fmt.Errorf("another node has this %s key", use)
+	}
+	set(b, nodeKeyKey(use, key), &id)
+	return nil
+}
+
+// freeTLS refuses a TLS key that a node, a gateway or a validator is known by.
+func (b *batch) freeTLS(key [32]byte) error {
+	if _, taken := b.tree.get(nodeKeyKey(useTLS, key)); taken {
+		return fmt.Errorf("another node has this %s key", useTLS)
+	}
+	if _, taken := b.tree.get(GatewayKey(identity.GatewayID(key))); taken {
+		return fmt.Errorf("a gateway has this %s key", useTLS)
+	}
+	g, err := b.Genesis()
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(g.Validators, func(v Validator) bool { return v.TLS == key }) {
+		return fmt.Errorf("a validator has this %s key", useTLS)
+	}
 	return nil
 }
 
@@ -266,6 +344,12 @@ func (b *batch) nodeUpdate(who *signers, p *NodeUpdate) error {
 	}
 	if err := validEndpoints(p.Endpoints); err != nil {
 		return err
+	}
+	if p.Session != who.node.Session {
+		if err := b.claim(useSession, p.Session, who.node.ID); err != nil {
+			return err
+		}
+		b.del(nodeKeyKey(useSession, who.node.Session))
 	}
 	who.node.Session, who.node.Endpoints = p.Session, p.Endpoints
 	set(b, NodeKey(who.node.ID), who.node)
@@ -286,9 +370,14 @@ func (b *batch) gatewayAdmit(who *signers, p *GatewayAdmit) error {
 	if _, taken := b.tree.get(GatewayKey(g.ID)); taken {
 		return fmt.Errorf("%v exists", g.ID)
 	}
+	if p.TLS == ([32]byte{}) {
+		return errors.New("TLS key is missing")
+	}
+	if err := b.freeTLS(p.TLS); err != nil {
+		return err
+	}
 	set(b, GatewayKey(g.ID), g)
-	push(b, GatewaysKey, g.ID)
-	return nil
+	return push(b, GatewaysKey, g.ID)
 }
 
 func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
@@ -308,6 +397,7 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 		return err
 	}
 	var c *Contract
+	was := &contract.Header{} // the revision before, empty for the first
 	if h.Revision == 1 {
 		if _, taken := b.tree.get(ContractKey(id)); taken {
 			return fmt.Errorf("%v exists", id)
@@ -315,13 +405,11 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 		if old, err := get[contract.ID](&b.State, contractNameKey(h.Account, h.Name)); err == nil {
 			return fmt.Errorf("the account has a contract %q already: %v", h.Name, *old)
 		}
-		if len(list[contract.ID](&b.State, ContractsKey)) >= maxList {
-			return fmt.Errorf("the grid has had %d contracts, more are not allowed", maxList)
-		}
 		c = &Contract{ID: id, Account: h.Account, Name: h.Name, State: Active}
 		set(b, contractNameKey(h.Account, h.Name), &id)
-		push(b, ContractsKey, id)
-		push(b, AccountWorkKey(h.Account), id)
+		if err := errors.Join(push(b, ContractsKey, id), push(b, AccountWorkKey(h.Account), id)); err != nil {
+			return err
+		}
 	} else {
 		if c, err = get[Contract](&b.State, ContractKey(id)); err != nil {
 			return fmt.Errorf("%v: %w", id, err)
@@ -333,26 +421,90 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 			return fmt.Errorf("%v is %s", id, c.State)
 		case c.Name != h.Name:
 			return fmt.Errorf("%v is named %q, a revision cannot rename it to %q", id, c.Name, h.Name)
-		case c.Current != h.Previous || int(h.Revision) != len(c.Revisions)+1:
-			return fmt.Errorf("revision %d on %v: the current revision is %d, %v; plan again", h.Revision, h.Previous, len(c.Revisions), c.Current)
+		case c.Current != h.Previous || h.Revision != c.Revision+1:
+			return fmt.Errorf("revision %d on %v: the current revision is %d, %v; plan again", h.Revision, h.Previous, c.Revision, c.Current)
 		}
+		if was, err = b.header(c.Current); err != nil {
+			return err
+		}
+	}
+	if err := b.bill(h.Account, was, h); err != nil {
+		return err
 	}
 	if err := b.putEnvelopes(p.Envelopes, rev, c.Account); err != nil {
 		return err
 	}
-	c.Current, c.Revisions, c.Times = rev, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
+	c.Current, c.Revision, c.Revisions, c.Times = rev, h.Revision, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
+	if n := len(c.Revisions) - MaxRevisions; n > 0 {
+		c.Revisions, c.Times = c.Revisions[n:], c.Times[n:]
+	}
 	set(b, ContractKey(id), c)
 	b.tree = b.tree.put(RevisionKey(rev), p.Header)
-	if err := b.networks(id, h); err != nil {
+	if err := b.networks(id, was, h); err != nil {
 		return err
 	}
 	if err := b.volumes(id, h); err != nil {
 		return err
 	}
-	if err := b.routes(id, h.Routes); err != nil {
+	if err := b.routes(id, was.Routes, h.Routes); err != nil {
 		return err
 	}
-	b.assign(id)
+	return b.settle(id)
+}
+
+// settle assigns a contract after its own transaction.
+func (b *batch) settle(id contract.ID) error {
+	freed, err := b.assign(id)
+	if freed {
+		b.more()
+	}
+	return err
+}
+
+// Quotas of one account: what its active contracts may have in all. They keep one account from using up what all share, not
+// somebody with many accounts.
+const (
+	MaxAccountContracts = 256
+	MaxAccountWorkloads = 2048
+	MaxAccountNetworks  = 512
+	MaxAccountHosts     = 512
+)
+
+func usage(h *contract.Header) AccountUsed {
+	u := AccountUsed{Networks: len(h.Networks), Hosts: len(h.Routes)}
+	if h.Version != 0 {
+		u.Contracts = 1
+	}
+	for i := range h.Services {
+		u.Workloads += int(h.Services[i].Replicas)
+	}
+	return u
+}
+
+// bill makes an account's usage that of h instead of was; an empty header uses nothing.
+func (b *batch) bill(id identity.AccountID, was, h *contract.Header) error {
+	u, err := orZero(get[AccountUsed](&b.State, AccountUsedKey(id)))
+	if err != nil {
+		return fmt.Errorf("usage of %v: %w", id, err)
+	}
+	from, to := usage(was), usage(h)
+	for _, q := range []struct {
+		what     string
+		used     *int
+		from, to int
+		limit    int
+	}{
+		{"contracts", &u.Contracts, from.Contracts, to.Contracts, MaxAccountContracts},
+		{"workloads", &u.Workloads, from.Workloads, to.Workloads, MaxAccountWorkloads},
+		{"networks", &u.Networks, from.Networks, to.Networks, MaxAccountNetworks},
+		{"hosts", &u.Hosts, from.Hosts, to.Hosts, MaxAccountHosts},
+	} {
+		*q.used += q.to - q.from
+		if q.to > q.from && *q.used > q.limit {
+			return fmt.Errorf("the account would have %d %s, at most %d are allowed", *q.used, q.what, q.limit)
+		}
+	}
+	set(b, AccountUsedKey(id), u)
 	return nil
 }
 
@@ -362,28 +514,63 @@ func NetworkPrefix(id contract.NetworkID) [5]byte {
 	return [5]byte(d[:5])
 }
 
-// networks gives each network of the contract its index. An overlay prefix that another network already has is refused:
-// addresses are 40 bits of a hash.
-func (b *batch) networks(id contract.ID, h *contract.Header) error {
-	for _, name := range h.Networks {
-		nid := contract.NetworkOf(id, name)
-		if _, have := b.tree.get(NetworkKey(nid)); have {
+// maxNetwork bounds the indexes of networks: each is a UDP port on every node.
+const maxNetwork = 30000
+
+// networks gives each network of the contract its index and takes back those that it no longer has. An overlay prefix that
+// another network already has is refused: addresses are 40 bits of a hash.
+func (b *batch) networks(id contract.ID, was, h *contract.Header) error {
+	for _, name := range was.Networks {
+		if slices.Contains(h.Networks, name) {
 			continue
 		}
-		g := b.grid()
-		if g.NextNetwork >= 30000 {
-			return errors.New("the grid has no room for another network")
+		n, err := get[Network](&b.State, NetworkKey(contract.NetworkOf(id, name)))
+		if err != nil {
+			return fmt.Errorf("network %q: %w", name, err)
 		}
+		prefix := NetworkPrefix(n.ID)
+		b.del(addressKey(prefix[:]))
+		b.del(NetworkKey(n.ID))
+		if err := push(b, freeNetworksKey, n.Index); err != nil {
+			return err
+		}
+	}
+	for _, name := range h.Networks {
+		if slices.Contains(was.Networks, name) {
+			continue
+		}
+		nid := contract.NetworkOf(id, name)
 		prefix := NetworkPrefix(nid)
 		if _, taken := b.tree.get(addressKey(prefix[:])); taken {
 			return fmt.Errorf("network %q would share its addresses with another: change the contract's name", name)
 		}
+		index, err := b.networkIndex()
+		if err != nil {
+			return err
+		}
 		set(b, addressKey(prefix[:]), &nid)
-		set(b, NetworkKey(nid), &Network{ID: nid, Contract: id, Name: name, Index: g.NextNetwork})
-		g.NextNetwork++
-		set(b, GridKey, g)
+		set(b, NetworkKey(nid), &Network{ID: nid, Contract: id, Name: name, Index: index})
 	}
 	return nil
+}
+
+// networkIndex takes an index that no network had yet while there is one, and then the one that has been free for longest:
+// nodes that lag behind may still have the network that had it.
+func (b *batch) networkIndex() (uint16, error) {
+	if g := b.grid(); g.NextNetwork < maxNetwork {
+		n := g.NextNetwork
+		g.NextNetwork++
+		set(b, GridKey, g)
+		return n, nil
+	}
+	free, err := list[uint16](&b.State, freeNetworksKey)
+	if err != nil {
+		return 0, err
+	}
+	if len(free) == 0 {
+		return 0, errors.New("the grid has no room for another network")
+	}
+	return free[0], drop(b, freeNetworksKey, free[0])
 }
 
 func (b *batch) volumes(id contract.ID, h *contract.Header) error {
@@ -400,30 +587,35 @@ func (b *batch) volumes(id contract.ID, h *contract.Header) error {
 	return nil
 }
 
-// routes makes the contract's routes exactly these. A host of another contract is refused.
-func (b *batch) routes(id contract.ID, want []contract.Route) error {
-	for _, host := range list[string](&b.State, RoutesKey) {
-		r, err := get[Route](&b.State, RouteKey(host))
-		if err != nil || r.Contract != id {
-			continue
-		}
-		if !slices.ContainsFunc(want, func(w contract.Route) bool { return w.Host == host }) {
-			b.del(RouteKey(host))
-			drop(b, RoutesKey, host)
+// routes makes the contract's routes exactly those wanted, where it had those that were. A host of another contract is
+// refused.
+func (b *batch) routes(id contract.ID, was, want []contract.Route) error {
+	var gone, come []string
+	for _, r := range was {
+		if !slices.ContainsFunc(want, func(w contract.Route) bool { return w.Host == r.Host }) {
+			b.del(RouteKey(r.Host))
+			gone = append(gone, r.Host)
 		}
 	}
 	for _, w := range want {
 		old, err := get[Route](&b.State, RouteKey(w.Host))
-		if err == nil && old.Contract != id {
+		switch {
+		case errors.Is(err, ErrAbsent):
+			come = append(come, w.Host)
+		case err != nil:
+			return fmt.Errorf("route of %q: %w", w.Host, err)
+		case old.Contract != id:
 			return fmt.Errorf("host %q belongs to another contract", w.Host)
 		}
-		if err != nil {
-			if len(list[string](&b.State, RoutesKey)) >= maxList {
-				return fmt.Errorf("the grid has %d routes, more are not allowed", maxList)
-			}
-			push(b, RoutesKey, w.Host)
-		}
 		set(b, RouteKey(w.Host), &Route{Host: w.Host, Contract: id, Service: w.Service, Port: w.Port})
+	}
+	if len(gone) > 0 {
+		if err := drop(b, RoutesKey, gone...); err != nil {
+			return err
+		}
+	}
+	if len(come) > 0 {
+		return push(b, RoutesKey, come...)
 	}
 	return nil
 }
@@ -439,14 +631,22 @@ func (b *batch) contractCancel(who *signers, p *ContractCancel) error {
 	if c.State != Active {
 		return fmt.Errorf("%v is %s", p.Contract, c.State)
 	}
+	h, err := b.header(c.Current)
+	if err != nil {
+		return err
+	}
 	c.State = Cancelled
 	set(b, ContractKey(c.ID), c)
 	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
-	if err := b.routes(c.ID, nil); err != nil {
-		return err
+	none := &contract.Header{}
+	for _, err := range []error{
+		drop(b, ContractsKey, c.ID), b.bill(c.Account, h, none), b.networks(c.ID, h, none), b.routes(c.ID, h.Routes, nil),
+	} {
+		if err != nil {
+			return err
+		}
 	}
-	b.assign(c.ID)
-	return nil
+	return b.settle(c.ID)
 }
 
 func (b *batch) envelopePut(who *signers, p *EnvelopePut) error {
@@ -538,144 +738,4 @@ func (b *batch) volumeCreated(who *signers, p *VolumeCreated) error {
 	v.Created = true
 	set(b, VolumeKey(v.ID), v)
 	return nil
-}
-
-// assign recomputes the assignments of one contract from committed state.
-func (b *batch) assign(id contract.ID) {
-	c, err := get[Contract](&b.State, ContractKey(id))
-	if err != nil {
-		return
-	}
-	old, err := get[Assignments](&b.State, AssignmentsKey(id))
-	if err != nil {
-		old = &Assignments{}
-	}
-	if c.State != Active && len(old.Current) == 0 {
-		return
-	}
-	next := &Assignments{Revision: c.Current, Past: old.Past}
-	if c.State == Active {
-		raw, _ := b.tree.get(RevisionKey(c.Current))
-		h, err := contract.DecodeHeader(raw)
-		if err != nil {
-			return // a header was validated before it was written
-		}
-		next.Current = b.place(id, h, old)
-	}
-	for _, a := range old.Current {
-		if !slices.ContainsFunc(next.Current, func(n Assignment) bool { return n.Workload == a.Workload }) {
-			next.Past = append(slices.DeleteFunc(slices.Clone(next.Past), func(p PastEpoch) bool { return p.Workload == a.Workload }), PastEpoch{a.Workload, a.Epoch})
-		}
-	}
-	b.index(id, old, next)
-	if !bytes.Equal(canonical.Encode(old), canonical.Encode(next)) {
-		set(b, AssignmentsKey(id), next)
-	}
-}
-
-func (b *batch) place(id contract.ID, h *contract.Header, old *Assignments) []Assignment {
-	nodes := b.nodes(id)
-	var work []schedule.Workload
-	var out []Assignment
-	for i := range h.Services {
-		s := &h.Services[i]
-		for r := range int(s.Replicas) {
-			a := Assignment{Workload: contract.WorkloadOf(id, s.Name, r), Service: s.Name, Replica: uint16(r), Fenced: len(s.Volumes) > 0}
-			w := schedule.Workload{
-				ID: a.Workload, Service: s.Name, CPUMilli: int64(s.CPUMilli), Memory: int64(s.Memory),
-				Spread: s.Placement.Spread, Farms: s.Placement.Farms, Nodes: s.Placement.Nodes,
-			}
-			if j := slices.IndexFunc(old.Current, func(o Assignment) bool { return o.Workload == a.Workload }); j >= 0 {
-				a.Epoch, a.Node, a.Height, a.Reason = old.Current[j].Epoch, old.Current[j].Node, old.Current[j].Height, old.Current[j].Reason
-				w.Current = a.Node
-			} else {
-				a.Epoch = old.past(a.Workload)
-			}
-			for _, name := range s.Volumes {
-				if v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name))); err == nil && !v.Node.IsZero() {
-					w.Pinned, w.Volume = v.Node, name
-				}
-			}
-			work, out = append(work, w), append(out, a)
-		}
-	}
-	for i, d := range schedule.Place(nodes, work) {
-		a := &out[i]
-		if node := identity.NodeID(d.Node); node != a.Node || d.Reason != a.Reason {
-			if node != a.Node && !node.IsZero() {
-				a.Epoch++
-			}
-			a.Node, a.Reason, a.Height = node, d.Reason, b.height
-		}
-		if a.Node.IsZero() {
-			continue
-		}
-		s, _ := h.Service(a.Service)
-		for _, name := range s.Volumes { // a volume is where its workload first was
-			if v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name))); err == nil && v.Node.IsZero() {
-				v.Node = a.Node
-				set(b, VolumeKey(v.ID), v)
-			}
-		}
-	}
-	return out
-}
-
-// nodes lists the grid's nodes with the room that other contracts leave.
-func (b *batch) nodes(except contract.ID) []schedule.Node {
-	var out []schedule.Node
-	at := map[identity.NodeID]int{}
-	for _, id := range list[identity.NodeID](&b.State, NodesKey) {
-		n, err := get[Node](&b.State, NodeKey(id))
-		if err != nil {
-			continue
-		}
-		at[id] = len(out)
-		out = append(out, schedule.Node{ID: id, Name: n.Name, Farm: n.FarmName, Up: n.Up, CPUMilli: int64(n.CPUMilli), Memory: int64(n.Memory)})
-	}
-	for _, id := range list[contract.ID](&b.State, ContractsKey) {
-		if id == except {
-			continue
-		}
-		as, err := get[Assignments](&b.State, AssignmentsKey(id))
-		if err != nil || len(as.Current) == 0 {
-			continue
-		}
-		raw, _ := b.tree.get(RevisionKey(as.Revision))
-		h, err := contract.DecodeHeader(raw)
-		if err != nil {
-			continue
-		}
-		for _, a := range as.Current {
-			i, ok := at[a.Node]
-			s, have := h.Service(a.Service)
-			if ok && have {
-				out[i].CPUMilli -= int64(s.CPUMilli)
-				out[i].Memory -= int64(s.Memory)
-			}
-		}
-	}
-	return out
-}
-
-// index keeps, for each node, the list of the contracts that have a workload on it: with it a node's view is complete.
-func (b *batch) index(id contract.ID, old, next *Assignments) {
-	on := func(as *Assignments) map[identity.NodeID]bool {
-		m := map[identity.NodeID]bool{}
-		for _, a := range as.Current {
-			if !a.Node.IsZero() {
-				m[a.Node] = true
-			}
-		}
-		return m
-	}
-	was, is := on(old), on(next)
-	for _, n := range list[identity.NodeID](&b.State, NodesKey) { // in a fixed order, unlike the maps
-		switch {
-		case is[n] && !was[n]:
-			push(b, NodeWorkKey(n), id)
-		case was[n] && !is[n]:
-			drop(b, NodeWorkKey(n), id)
-		}
-	}
 }

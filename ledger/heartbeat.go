@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -87,6 +88,7 @@ func (h *Heartbeat) Verify(grid identity.GridID, n *Node) error {
 // Ears is what one validator has heard of the nodes, by its own clock. What it says in its vote extensions is its
 // statement; what becomes of it is decided by all in Apply.
 type Ears struct {
+	lease time.Duration
 	wait  time.Duration
 	mu    sync.Mutex
 	since time.Time // when this validator began to listen: silence before does not count
@@ -101,13 +103,18 @@ type ear struct {
 
 // NewEars listens with the grid's lease and margin, from start on.
 func NewEars(g *Genesis, start time.Time) *Ears {
-	return &Ears{wait: g.Lease + g.Margin, since: start, heard: map[identity.NodeID]ear{}}
+	return &Ears{lease: g.Lease, wait: g.Lease + g.Margin, since: start, heard: map[identity.NodeID]ear{}}
 }
 
 // ErrStale is returned for a heartbeat that is not newer than the last one.
 var ErrStale = errors.New("heartbeat is not newer than the last one")
 
-// Hear verifies and keeps a heartbeat that arrived at now, the validator's monotonic clock.
+// ErrClock is returned for a heartbeat of another time.
+var ErrClock = errors.New("heartbeat is of another time")
+
+// Hear verifies and keeps a heartbeat that arrived at now, by the validator's clock. One that was made more than a lease
+// before or after now is refused: a recorded one would keep up a node that is gone, before a validator that has just
+// started; one from the future would shut out all that the node says after its clock is set right.
 func (e *Ears) Hear(s *State, raw []byte, now time.Time) error {
 	h, err := DecodeHeartbeat(raw)
 	if err != nil {
@@ -124,6 +131,9 @@ func (e *Ears) Hear(s *State, raw []byte, now time.Time) error {
 	if err := h.Verify(grid.ID, n); err != nil {
 		return err
 	}
+	if off := clockOffset(h.Sequence, now); off > e.lease || off < -e.lease {
+		return fmt.Errorf("%v: %w: the node's clock and the validator's differ by %v", h.Node, ErrClock, off.Round(time.Millisecond))
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if old, ok := e.heard[h.Node]; ok && h.Sequence <= old.seq {
@@ -133,17 +143,24 @@ func (e *Ears) Hear(s *State, raw []byte, now time.Time) error {
 	return nil
 }
 
+// clockOffset is how far sequence, Unix nanoseconds, is ahead of now; it does not overflow, whatever a node claims.
+func clockOffset(sequence uint64, now time.Time) time.Duration {
+	if sequence > math.MaxInt64 {
+		return math.MaxInt64
+	}
+	return time.Unix(0, int64(sequence)).Sub(now.Round(0)) // wall clock against wall clock; Sub saturates
+}
+
 // Extension is the vote extension at now: the version byte 1 and the Bitmap of the nodes heard within lease and margin.
 func (e *Ears) Extension(s *State, now time.Time) []byte {
-	nodes := list[identity.NodeID](s, NodesKey)
-	m := make(Bitmap, (len(nodes)+7)/8)
+	m := make(Bitmap, (len(s.fleet)+7)/8)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for i, id := range nodes {
-		h, ok := e.heard[id]
+	for i := range s.fleet {
+		h, ok := e.heard[identity.NodeID(s.fleet[i].ID)]
 		if !ok {
 			// Never heard: while this validator has listened for less than a lease it says of a node what the ledger says.
-			if n, err := get[Node](s, NodeKey(id)); err != nil || !n.Up || now.Sub(e.since) > e.wait {
+			if !s.fleet[i].Up || now.Sub(e.since) > e.wait {
 				continue
 			}
 		} else if now.Sub(h.at) > e.wait {

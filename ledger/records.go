@@ -79,6 +79,8 @@ func AccountWorkKey(id identity.AccountID) string { return "account-contracts/" 
 func FarmKey(id identity.FarmID) string           { return "farm/" + string(id[:]) }
 func NodeKey(id identity.NodeID) string           { return "node/" + string(id[:]) }
 func NodeWorkKey(id identity.NodeID) string       { return "node-contracts/" + string(id[:]) } // []contract.ID that have a workload there
+func NodeUsedKey(id identity.NodeID) string       { return "node-used/" + string(id[:]) }
+func AccountUsedKey(id identity.AccountID) string { return "account-used/" + string(id[:]) }
 func GatewayKey(id identity.GatewayID) string     { return "gateway/" + string(id[:]) }
 func ContractKey(id contract.ID) string           { return "contract/" + string(id[:]) }
 func AssignmentsKey(id contract.ID) string        { return "assignments/" + string(id[:]) }
@@ -89,9 +91,10 @@ func RouteKey(host string) string                 { return "route/" + host }
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
 }
-func farmNameKey(name string) string  { return "farm-name/" + name }
-func nodeNameKey(name string) string  { return "node-name/" + name }
-func addressKey(prefix []byte) string { return "prefix/" + string(prefix) }
+func farmNameKey(name string) string           { return "farm-name/" + name }
+func nodeKeyKey(use string, k [32]byte) string { return "node-key/" + use + "/" + string(k[:]) }
+func nodeNameKey(name string) string           { return "node-name/" + name }
+func addressKey(prefix []byte) string          { return "prefix/" + string(prefix) }
 
 // NonceKey names the last nonce of an actor, a uint64.
 func NonceKey(a Actor) string {
@@ -112,15 +115,36 @@ const (
 	FarmsKey     = "farms"     // []identity.FarmID
 	NodesKey     = "nodes"     // []identity.NodeID
 	GatewaysKey  = "gateways"  // []identity.GatewayID
-	ContractsKey = "contracts" // []contract.ID
+	ContractsKey = "contracts" // []contract.ID, those that are active
 	RoutesKey    = "routes"    // []string, host names
+	WaitingKey   = "waiting"   // []contract.ID, active ones with a workload that is on no node, the next one to try first
+)
+
+const (
+	retryKey        = "waiting-retry" // uint64: how many of WaitingKey were not tried since room came
+	freeNetworksKey = "networks-free" // []uint16, indexes, the one that has been free for longest first
 )
 
 // Grid is the grid's own record.
 type Grid struct {
 	ID          identity.GridID    `cbor:"1,keyasint"`
 	Account     identity.AccountID `cbor:"2,keyasint"`
-	NextNetwork uint16             `cbor:"3,keyasint"` // index of the next network
+	NextNetwork uint16             `cbor:"3,keyasint"` // the lowest index that no network had yet
+}
+
+// NodeUsed is what the workloads on a node use, with what each costs beside its limits (schedule.Node.Take).
+type NodeUsed struct {
+	CPUMilli  int64 `cbor:"1,keyasint"`
+	Memory    int64 `cbor:"2,keyasint"`
+	Workloads int64 `cbor:"3,keyasint"`
+}
+
+// AccountUsed is what the active contracts of an account have, of what has a quota.
+type AccountUsed struct {
+	Contracts int `cbor:"1,keyasint"`
+	Workloads int `cbor:"2,keyasint"`
+	Networks  int `cbor:"3,keyasint"`
+	Hosts     int `cbor:"4,keyasint"`
 }
 
 // Farm is machines of one owner.
@@ -162,6 +186,10 @@ const (
 	Cancelled = "cancelled"
 )
 
+// MaxRevisions bounds how many revisions a contract's record lists. Their headers stay on the ledger, each naming the one
+// before.
+const MaxRevisions = 1024
+
 // Contract is a contract's head.
 type Contract struct {
 	ID        contract.ID           `cbor:"1,keyasint" json:"id"`
@@ -169,8 +197,9 @@ type Contract struct {
 	Name      string                `cbor:"3,keyasint" json:"name"`
 	Current   contract.RevisionID   `cbor:"4,keyasint" json:"current"`
 	State     string                `cbor:"5,keyasint" json:"state"`
-	Revisions []contract.RevisionID `cbor:"6,keyasint" json:"revisions"` // oldest first
-	Times     []int64               `cbor:"7,keyasint" json:"times"`     // block time of each revision, Unix seconds
+	Revisions []contract.RevisionID `cbor:"6,keyasint" json:"revisions"` // the newest ones, oldest first
+	Times     []int64               `cbor:"7,keyasint" json:"times"`     // block time of each of these, Unix seconds
+	Revision  uint32                `cbor:"8,keyasint" json:"revision"`  // number of the current one
 }
 
 // Network is a contract's network.
@@ -203,26 +232,12 @@ type Assignment struct {
 	Fenced   bool                `cbor:"8,keyasint,omitempty" json:"fenced,omitempty"` // has a volume: stops when its node's lease ends
 }
 
-// Assignments of one contract. Past keeps the epochs of workloads that a revision dropped, so that they never shrink.
+// Assignments of one contract. Floor is the highest epoch of any workload that a revision dropped. A workload that comes
+// begins above it: it may be one that was dropped, and its epochs never shrink.
 type Assignments struct {
 	Revision contract.RevisionID `cbor:"1,keyasint"`
 	Current  []Assignment        `cbor:"2,keyasint,omitempty"`
-	Past     []PastEpoch         `cbor:"3,keyasint,omitempty"`
-}
-
-// PastEpoch is the highest epoch of a workload that is no longer wanted.
-type PastEpoch struct {
-	Workload contract.WorkloadID `cbor:"1,keyasint"`
-	Epoch    uint64              `cbor:"2,keyasint"`
-}
-
-func (a *Assignments) past(w contract.WorkloadID) uint64 {
-	for _, p := range a.Past {
-		if p.Workload == w {
-			return p.Epoch
-		}
-	}
-	return 0
+	Floor    uint64              `cbor:"3,keyasint,omitempty"`
 }
 
 // Route leads a host name to a service of a contract.

@@ -9,12 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"sync"
 	"time"
 
 	"holdfast/contract"
 	"holdfast/identity"
 	"holdfast/internal/canonical"
+	"holdfast/schedule"
 )
 
 // maxRecord bounds a record that is read back; what is written is bounded by transactions.
@@ -25,6 +27,7 @@ type State struct {
 	tree  *trieNode
 	clock clock
 	sigs  *signatures
+	fleet []schedule.Node // the tree's nodes with the room that is left, kept at hand; never changed in place
 }
 
 // clock is what the machine remembers of time. It is the same on every validator, but outside the Merkle tree: it
@@ -93,6 +96,10 @@ func Load(all iter.Seq2[string, []byte]) (*State, error) {
 		}
 		s.tree = s.tree.put(k, v)
 	}
+	var err error
+	if s.fleet, err = readFleet(s); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -142,19 +149,6 @@ func Decode[T any](b []byte) (*T, error) {
 	return v, nil
 }
 
-// maxList bounds what users can make a list grow to: package canonical reads no longer one, and a list that cannot be read
-// would begin anew.
-const maxList = 1 << 16
-
-// list reads a list, empty when absent.
-func list[T any](s *State, key string) []T {
-	v, err := get[[]T](s, key)
-	if err != nil {
-		return nil
-	}
-	return *v
-}
-
 // batch is a State under change. It is a copy: what a failed transaction wrote is dropped with it.
 type batch struct {
 	State
@@ -165,25 +159,10 @@ func set[T any](b *batch, key string, v *T) { b.tree = b.tree.put(key, canonical
 
 func (b *batch) del(key string) { b.tree = b.tree.del(key) }
 
-func push[T any](b *batch, key string, v T) {
-	l := append(list[T](&b.State, key), v)
-	set(b, key, &l)
-}
-
-func drop[T comparable](b *batch, key string, v T) {
-	var l []T
-	for _, x := range list[T](&b.State, key) {
-		if x != v {
-			l = append(l, x)
-		}
-	}
-	set(b, key, &l)
-}
-
 // Check says whether tx would be accepted now.
 func (s *State) Check(tx []byte) error {
 	b := &batch{State: *s}
-	_, err := b.apply(tx)
+	_, _, err := b.apply(tx)
 	return err
 }
 
@@ -197,23 +176,27 @@ func (s *State) Verify(raw []byte) error {
 	return err
 }
 
-// Apply computes the next state. It does not fail: a transaction that is refused leaves nothing but its Result.
+// Apply computes the next state. It does not fail: a transaction that is refused leaves nothing but its Result and, when its
+// signers could have done such a thing, a used nonce. Otherwise what was refused once could be executed years later, by
+// whoever kept it.
 func (s *State) Apply(blk Block) (*State, []Result) {
 	b := &batch{State: *s, height: blk.Height}
 	now := blk.Time.UnixMilli()
 	results := make([]Result, len(blk.Txs))
-	moved := false
 	for i, raw := range blk.Txs {
 		try := *b
 		try.clock.Time = now
-		if code, err := try.apply(raw); err != nil {
+		tx, code, err := try.apply(raw)
+		if err != nil {
 			results[i] = Result{Code: code, Log: err.Error()}
+			if tx != nil {
+				set(b, NonceKey(tx.Actor), &tx.Nonce)
+			}
 			continue
 		}
-		b.tree = try.tree
+		b.tree, b.fleet = try.tree, try.fleet
 	}
-	g, err := b.Genesis()
-	if err == nil {
+	if g, err := b.Genesis(); err == nil {
 		lease := g.Lease.Milliseconds()
 		// A jump of time longer than a lease means that the ledger stood still, and with it the ears of all: everybody
 		// gets one more lease.
@@ -221,27 +204,27 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 			b.clock.Grace = now + lease + g.Margin.Milliseconds()
 		}
 		b.clock.Time = now
-		moved = b.liveness(blk.Heard)
-	}
-	b.clock.Time = now
-	if moved {
-		for _, id := range list[contract.ID](&b.State, ContractsKey) {
-			b.assign(id)
+		for _, id := range b.liveness(blk.Heard) {
+			b.move(id)
 		}
 	}
+	b.clock.Time = now
+	b.retry()
 	return &b.State, results
 }
 
-// liveness changes nodes between up and down by what validators with more than 2/3 of the power agree on.
-func (b *batch) liveness(heard []Heard) (changed bool) {
+// liveness changes nodes between up and down by what validators with more than 2/3 of the power agree on. It returns the
+// contracts that this concerns: those with a workload on a node that changed, in the order of nodes and of their lists.
+func (b *batch) liveness(heard []Heard) (concerned []contract.ID) {
 	var total int64
 	for _, h := range heard {
 		total += h.Power
 	}
 	if total == 0 {
-		return false
+		return nil
 	}
-	for i, id := range list[identity.NodeID](&b.State, NodesKey) {
+	var changed []int
+	for i := range b.fleet {
 		var yes, no int64
 		for _, h := range heard {
 			switch {
@@ -255,19 +238,40 @@ func (b *batch) liveness(heard []Heard) (changed bool) {
 		if 3*yes <= 2*total && 3*no <= 2*total {
 			continue
 		}
+		up := 3*yes > 2*total
+		if b.fleet[i].Up == up || (!up && b.clock.Time < b.clock.Grace) {
+			continue
+		}
+		id := identity.NodeID(b.fleet[i].ID)
 		n, err := get[Node](&b.State, NodeKey(id))
 		if err != nil {
 			continue
 		}
-		up := 3*yes > 2*total
-		if n.Up == up || (!up && b.clock.Time < b.clock.Grace) {
-			continue
-		}
 		n.Up, n.Since = up, b.clock.Time
 		set(b, NodeKey(id), n)
-		changed = true
+		changed = append(changed, i)
 	}
-	return changed
+	if len(changed) == 0 {
+		return nil
+	}
+	b.fleet = slices.Clone(b.fleet)
+	seen := map[contract.ID]bool{}
+	for _, i := range changed {
+		b.fleet[i].Up = !b.fleet[i].Up
+		if b.fleet[i].Up {
+			b.more()
+		}
+		ids, err := list[contract.ID](&b.State, NodeWorkKey(identity.NodeID(b.fleet[i].ID)))
+		if err != nil {
+			continue // the node's own view is broken likewise; others are not held up
+		}
+		for _, id := range ids {
+			if !seen[id] {
+				seen[id], concerned = true, append(concerned, id)
+			}
+		}
+	}
+	return concerned
 }
 
 // Bitmap is a set of node indices: bit i%8 of byte i/8. A Bitmap that is not nil is a statement, even when empty.

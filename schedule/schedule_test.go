@@ -11,10 +11,10 @@ func id(b byte) [32]byte { return [32]byte{b} }
 // grid is three farms with one node each, and a second node on farm a.
 func grid() []Node {
 	return []Node{
-		{ID: id(1), Name: "a1", Farm: "a", Up: true, CPUMilli: 4000, Memory: 8 << 30},
-		{ID: id(2), Name: "b1", Farm: "b", Up: true, CPUMilli: 4000, Memory: 8 << 30},
-		{ID: id(3), Name: "c1", Farm: "c", Up: true, CPUMilli: 4000, Memory: 8 << 30},
-		{ID: id(4), Name: "a2", Farm: "a", Up: true, CPUMilli: 4000, Memory: 8 << 30},
+		{ID: id(1), Name: "a1", Farm: "a", Up: true, CPUMilli: 4000, Memory: 8 << 30, Workloads: MaxWorkloads},
+		{ID: id(2), Name: "b1", Farm: "b", Up: true, CPUMilli: 4000, Memory: 8 << 30, Workloads: MaxWorkloads},
+		{ID: id(3), Name: "c1", Farm: "c", Up: true, CPUMilli: 4000, Memory: 8 << 30, Workloads: MaxWorkloads},
+		{ID: id(4), Name: "a2", Farm: "a", Up: true, CPUMilli: 4000, Memory: 8 << 30, Workloads: MaxWorkloads},
 	}
 }
 
@@ -56,8 +56,15 @@ func TestPlace(t *testing.T) {
 		{"a node by name", grid(), []Workload{w(1, "web", func(w *Workload) { w.Nodes = []string{"a2"} })}, []byte{4}, nil},
 		{"a placement that no longer allows the node moves it", grid(), []Workload{w(1, "web", at(1), func(w *Workload) { w.Farms = []string{"b"} })}, []byte{2}, nil},
 		{"what does not fit is not placed", grid(), []Workload{w(1, "big", func(w *Workload) { w.Memory = 100 << 30 })}, []byte{0}, []string{"no node: 4: not enough memory"}},
-		{"one that stays is not pushed out by one that comes", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 1000, Memory: 1 << 30}},
+		{"one that stays is not pushed out by one that comes", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 1100, Memory: 1<<30 + OverheadMemory, Workloads: 9}},
 			[]Workload{w(1, "new"), w(2, "old", at(1))}, []byte{0, 1}, nil},
+		{"what it fills to the last byte leaves nothing for its shim", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 2000, Memory: 1<<30 + OverheadMemory - 1, Workloads: 9}},
+			[]Workload{w(1, "web")}, []byte{0}, []string{"no node: 1: not enough memory"}},
+		{"the shim needs time on a core too", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 1000 + OverheadCPUMilli - 1, Memory: 8 << 30, Workloads: 9}},
+			[]Workload{w(1, "web")}, []byte{0}, []string{"no node: 1: not enough CPU"}},
+		{"a node gets no more than its heartbeat reports", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 1 << 20, Memory: 8 << 40, Workloads: 2}},
+			[]Workload{w(1, "a"), w(2, "b"), w(3, "c")}, []byte{1, 1, 0}, []string{"", "", "no node: 1: node has all the workloads that it can have"}},
+		{"a volume never moves, not even from a node that nobody knows", grid(), []Workload{w(1, "db", pin(77))}, []byte{0}, []string{"volume on a node that is not there"}},
 		{"an empty grid places nothing", nil, []Workload{w(1, "web")}, []byte{0}, []string{"no node: the grid has none"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -83,7 +90,7 @@ func TestPlaceKeepsItsRules(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		var nodes []Node
 		for i := range 1 + r.IntN(8) {
-			nodes = append(nodes, Node{ID: id(byte(i + 1)), Name: string(rune('a' + i)), Farm: string(rune('A' + r.IntN(4))), Up: r.IntN(4) > 0, CPUMilli: int64(r.IntN(8000)), Memory: int64(r.IntN(8)) << 30})
+			nodes = append(nodes, Node{ID: id(byte(i + 1)), Name: string(rune('a' + i)), Farm: string(rune('A' + r.IntN(4))), Up: r.IntN(4) > 0, CPUMilli: int64(r.IntN(8000)), Memory: int64(r.IntN(8)) << 30, Workloads: int64(r.IntN(6))})
 		}
 		var work []Workload
 		for i := range r.IntN(20) {
@@ -95,7 +102,7 @@ func TestPlaceKeepsItsRules(t *testing.T) {
 			work = append(work, w)
 		}
 		first := Place(nodes, work)
-		cpu, mem, farms := map[[32]byte]int64{}, map[[32]byte]int64{}, map[string]int{}
+		cpu, mem, count, farms := map[[32]byte]int64{}, map[[32]byte]int64{}, map[[32]byte]int64{}, map[string]int{}
 		for i, d := range first {
 			if d.Node == ([32]byte{}) {
 				if d.Reason == "" {
@@ -104,9 +111,10 @@ func TestPlaceKeepsItsRules(t *testing.T) {
 				continue
 			}
 			n := nodes[slices.IndexFunc(nodes, func(n Node) bool { return n.ID == d.Node })]
-			cpu[n.ID] += work[i].CPUMilli
-			mem[n.ID] += work[i].Memory
-			if !n.Up || cpu[n.ID] > n.CPUMilli || mem[n.ID] > n.Memory {
+			cpu[n.ID] += work[i].CPUMilli + OverheadCPUMilli
+			mem[n.ID] += work[i].Memory + OverheadMemory
+			count[n.ID]++
+			if !n.Up || cpu[n.ID] > n.CPUMilli || mem[n.ID] > n.Memory || count[n.ID] > n.Workloads {
 				t.Fatalf("seed %d: workload %d on a node that is down or full", seed, i)
 			}
 			if work[i].Spread == "farm" {

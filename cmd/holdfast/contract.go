@@ -60,7 +60,7 @@ func (a *app) contractList(ctx context.Context, w io.Writer, u *deploy.User, _ [
 	}
 	rows := [][]string{{"NAME", "REVISION", "STATE", "ID"}}
 	for _, c := range all {
-		rows = append(rows, []string{c.Name, fmt.Sprint(len(c.Revisions)), stateColour(w, c.State), c.ID.String()})
+		rows = append(rows, []string{c.Name, fmt.Sprint(c.Revision), stateColour(w, c.State), c.ID.String()})
 	}
 	table(w, rows...)
 	return nil
@@ -173,8 +173,9 @@ func (a *app) contractHistory(ctx context.Context, w io.Writer, u *deploy.User, 
 		Current  bool                `json:"current"`
 	}
 	all := []row{}
+	first := int(c.Revision) - len(c.Revisions) + 1 // the ledger lists the newest ones
 	for i, r := range c.Revisions {
-		all = append(all, row{i + 1, r, time.Unix(c.Times[i], 0).UTC(), r == c.Current})
+		all = append(all, row{first + i, r, time.Unix(c.Times[i], 0).UTC(), r == c.Current})
 	}
 	if a.json {
 		return printJSON(w, all)

@@ -181,7 +181,7 @@ func speak(ctx context.Context, g *theGrid, n *apitest.Node, reason string) {
 				continue
 			}
 			for _, a := range as.Current {
-				r := ledger.Report{Workload: a.Workload, Contract: id, Service: a.Service, Replica: a.Replica, Epoch: a.Epoch, Revision: uint32(len(rec.Revisions)), State: ledger.StateRunning}
+				r := ledger.Report{Workload: a.Workload, Contract: id, Service: a.Service, Replica: a.Replica, Epoch: a.Epoch, Revision: rec.Revision, State: ledger.StateRunning}
 				if reason != "" {
 					r.State, r.Reason = ledger.StateFailed, reason
 				}

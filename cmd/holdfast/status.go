@@ -134,7 +134,7 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 		if rec == nil {
 			return nil, fmt.Errorf("contract %v: %w", ids[i], ledger.ErrAbsent)
 		}
-		s.Contracts = append(s.Contracts, contractStatus{rec.ID, rec.Name, len(rec.Revisions), rec.State})
+		s.Contracts = append(s.Contracts, contractStatus{rec.ID, rec.Name, int(rec.Revision), rec.State})
 		if as[i] == nil {
 			continue
 		}
@@ -176,7 +176,7 @@ func workload(rec *ledger.Contract, x *ledger.Assignment, n *ledger.Node, report
 		return w
 	}
 	for _, r := range reports {
-		if r.Epoch == x.Epoch && int(r.Revision) == len(rec.Revisions) {
+		if r.Epoch == x.Epoch && r.Revision == rec.Revision {
 			w.State, w.Reason, w.Restarts = printable([]byte(r.State)), printable([]byte(r.Reason)), r.Restarts // a farmer's words
 			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
 		}
