@@ -406,6 +406,7 @@ func TestTransactions(t *testing.T) {
 	admin := g.Admin.DeviceKey()
 	farm := func(name string, nonce uint64, edit func(*ledger.Tx), keys ...*identity.PrivateKey) *ledger.Tx {
 		tx := ledger.NewTx(c.Grid(), ledger.KindFarmAdmit, actor, nonce, &ledger.FarmAdmit{Name: name, Owner: g.Genesis.GridAccount()})
+		tx.Until = time.Now().Add(time.Minute).Unix()
 		if edit != nil {
 			edit(tx)
 		}
@@ -440,6 +441,7 @@ func TestTransactions(t *testing.T) {
 			tx.Payload = canonical.Encode(&ledger.FarmAdmit{Name: "other", Owner: g.Genesis.GridAccount()})
 			return tx
 		}()},
+		{"whose time is over", "its time is over", farm("mine", 2, func(tx *ledger.Tx) { tx.Until = time.Now().Add(-time.Minute).Unix() }, admin)},
 		{"unsigned", "0 signatures", farm("mine", 2, nil)},
 		{"of no kind", "kind of transaction is not known", farm("mine", 2, func(tx *ledger.Tx) { tx.Kind = "grid.give" }, admin)},
 	} {

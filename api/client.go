@@ -242,6 +242,10 @@ func (c *Client) Next(ctx context.Context, a ledger.Actor) (uint64, error) {
 	return *n + 1, nil
 }
 
+// txLife is how long what Act signs is good for: long enough for a ledger that is slow, and short enough that what seems to
+// have failed does not come true when nobody thinks of it any more.
+const txLife = 5 * time.Minute
+
 // Act signs a transaction of an actor with its next nonce and submits it. When it returns, the ledger has proved to this
 // client that the nonce is used: one server's word is not enough.
 func (c *Client) Act(ctx context.Context, kind ledger.Kind, a ledger.Actor, payload any, keys ...*identity.PrivateKey) (*ledger.Tx, error) {
@@ -250,6 +254,7 @@ func (c *Client) Act(ctx context.Context, kind ledger.Kind, a ledger.Actor, payl
 		return nil, fmt.Errorf("%s: %w", kind, err)
 	}
 	tx := ledger.NewTx(c.grid, kind, a, n, payload)
+	tx.Until = time.Now().Add(txLife).Unix()
 	for _, k := range keys {
 		tx.Sign(k)
 	}

@@ -194,13 +194,23 @@ func TestHeartbeatsGoToAllValidators(t *testing.T) {
 		ears = append(ears, e)
 		g.Validators = append(g.Validators, ledger.Validator{Name: fmt.Sprint("v", i), Key: keys.Public, Power: 10, TLS: pin, Address: e.addr})
 	}
-	client := func(power ...int64) *api.Client {
+	// client reaches the validators that are late only when the gate is open.
+	client := func(deaf [4]string, gate <-chan struct{}, power ...int64) *api.Client {
 		h := *g
 		h.Validators = slices.Clone(g.Validators)
 		for i, p := range power {
 			h.Validators[i].Power = p
 		}
-		c, err := api.NewClient(api.ClientConfig{Genesis: &h})
+		c, err := api.NewClient(api.ClientConfig{Genesis: &h, Dial: func(ctx context.Context, v *ledger.Validator) (net.Conn, error) {
+			if i := slices.IndexFunc(ears, func(e *ear) bool { return e.addr == v.Address }); deaf[i] == "late" {
+				select {
+				case <-gate:
+				case <-ctx.Done():
+					return nil, ctx.Err()
+				}
+			}
+			return (&net.Dialer{}).DialContext(ctx, "tcp", v.Address)
+		}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -216,6 +226,7 @@ func TestHeartbeatsGoToAllValidators(t *testing.T) {
 		{"all hear", [4]string{}, nil, ""},
 		{"one refuses", [4]string{"refuse"}, nil, ""},
 		{"one hangs", [4]string{"", "", "hang"}, nil, ""},
+		{"one is far away", [4]string{"", "late"}, nil, ""},
 		{"two refuse", [4]string{"refuse", "", "refuse"}, nil, "heard by 20 of 40 of the power"},
 		{"two hang", [4]string{"", "hang", "hang"}, nil, "heard by 20 of 40 of the power"},
 		{"three of little power refuse", [4]string{"refuse", "refuse", "refuse"}, []int64{2, 2, 1, 10}, ""},
@@ -224,7 +235,8 @@ func TestHeartbeatsGoToAllValidators(t *testing.T) {
 		for j, e := range ears {
 			e.deaf.Store(x.deaf[j])
 		}
-		c := client(x.power...)
+		gate := make(chan struct{})
+		c := client(x.deaf, gate, x.power...)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		if x.err == "" {
 			cancel()
@@ -233,11 +245,12 @@ func TestHeartbeatsGoToAllValidators(t *testing.T) {
 		beat := fmt.Appendf(nil, "beat %d", i)
 		err := c.Heartbeat(ctx, beat)
 		cancel()
+		close(gate)
 		if (err == nil) != (x.err == "") || err != nil && !strings.Contains(err.Error(), x.err) {
 			t.Errorf("%s: %v", x.name, err)
 		}
 		for j, e := range ears {
-			if x.deaf[j] != "" {
+			if x.deaf[j] != "" && x.deaf[j] != "late" {
 				continue
 			}
 			select { // also those that were not waited for
@@ -246,7 +259,7 @@ func TestHeartbeatsGoToAllValidators(t *testing.T) {
 					t.Errorf("%s: validator %d heard %q", x.name, j, b)
 				}
 			case <-time.After(10 * time.Second):
-				t.Errorf("%s: validator %d heard nothing", x.name, j)
+				t.Fatalf("%s: validator %d heard nothing", x.name, j)
 			}
 		}
 		closed := make(chan struct{})

@@ -19,10 +19,10 @@ import (
 // account costs nothing, so the bound of the store is what protects the disk, and the part of it that is kept for the
 // grid's own account is what lets its operator go on.
 type Quota struct {
-	AccountBytes int64 // of one account's blobs, beside the grid's; 0 means 16 GiB
-	AccountBlobs int   // how many; 0 means 4096
-	Bytes        int64 // of all blobs, a sixteenth of it for the grid's account alone; 0 means 256 GiB
-	Blobs        int   // how many, in the same way; 0 means 262144
+	AccountBytes int64 `json:"accountBytes,omitempty"` // of one account's blobs, beside the grid's; 0 means 16 GiB
+	AccountBlobs int   `json:"accountBlobs,omitempty"` // how many; 0 means 4096
+	Bytes        int64 `json:"bytes,omitempty"`        // of all blobs, a sixteenth of it for the grid's account alone; 0 means 256 GiB
+	Blobs        int   `json:"blobs,omitempty"`        // how many, in the same way; 0 means 262144
 }
 
 func (q Quota) filled() Quota {
@@ -206,12 +206,12 @@ func (u *usage) room(id identity.AccountID, bytes int64, blobs int) error {
 	a, limit, count := u.of(id), u.q.Bytes, u.q.Blobs
 	if id != u.grid {
 		if a.blobs+blobs > u.q.AccountBlobs || bytes > u.q.AccountBytes-a.bytes {
-			return fmt.Errorf("%w: the account stores %d bytes in %d blobs, and at most %d in %d are allowed; give large parts of an image once and share them, or ask the grid's operator for a larger quota", errQuota, a.bytes, a.blobs, u.q.AccountBytes, u.q.AccountBlobs)
+			return fmt.Errorf("%w: the account stores %d bytes in %d blobs, and at most %d in %d are allowed; the grid's operator can allow more (quota in the validator's configuration)", errQuota, a.bytes, a.blobs, u.q.AccountBytes, u.q.AccountBlobs)
 		}
 		limit, count = limit-limit/16, count-count/16
 	}
 	if u.blobs+blobs > count || bytes > limit-u.bytes {
-		return fmt.Errorf("%w: the grid's store is full: it keeps %d bytes in %d blobs, and at most %d in %d are allowed; its operator must allow more, or stop the validator, remove blobs that no contract needs from its data, and start it again", errQuota, u.bytes, u.blobs, limit, count)
+		return fmt.Errorf("%w: the grid's store is full: it keeps %d bytes in %d blobs, and at most %d in %d are allowed; its operator must allow more (quota in the validator's configuration), or stop the validator, remove blobs that no contract needs, and start it again", errQuota, u.bytes, u.blobs, limit, count)
 	}
 	return nil
 }

@@ -164,7 +164,7 @@ func runValidator(ctx context.Context, c *grid.ValidatorConfig) error {
 		return err
 	}
 	v, err := api.NewValidator(api.ValidatorConfig{
-		Genesis: g, Home: filepath.Join(c.Data, "ledger"), P2P: c.P2P, Peers: c.Peers, API: l, TLS: cert, Blobs: blobs, Log: logger(),
+		Genesis: g, Home: filepath.Join(c.Data, "ledger"), P2P: c.P2P, Peers: c.Peers, API: l, TLS: cert, Blobs: blobs, Quota: c.Quota, Log: logger(),
 	})
 	if err != nil {
 		l.Close()

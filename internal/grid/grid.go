@@ -82,6 +82,7 @@ type ValidatorConfig struct {
 	P2P     string       `json:"p2p"`
 	API     string       `json:"api"`
 	Peers   []comet.Peer `json:"peers,omitempty"`
+	Quota   api.Quota    `json:"quota,omitzero"`
 }
 
 // NodeConfig configures "holdfast run node".
