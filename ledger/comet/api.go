@@ -70,7 +70,7 @@ func (v *Validator) serve(ctx context.Context) error {
 	var only http.Protocols
 	only.SetHTTP2(true)
 	srv := &http.Server{
-		Handler:           limit(mux),
+		Handler:           s.conns.limit(mux),
 		TLSConfig:         tlsServer(v.c.TLS),
 		Protocols:         &only,
 		ReadHeaderTimeout: bodyTime,

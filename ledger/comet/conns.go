@@ -20,6 +20,7 @@ const (
 	perKnown = 4        // connections of one who is known
 	maxWork  = 8        // answers being made: each takes at most a few times maxReadSize
 	maxTxs   = 256      // transactions under way
+	maxAsked = 8192     // requests under way, those that only wait included: each costs some 14 KiB
 	maxHeld  = 64 << 20 // bytes of requests that are not answered yet and of answers that are not taken yet
 	peerHeld = 16 << 20 // of these, on one connection
 	heldWait = 5 * time.Second
@@ -31,7 +32,8 @@ const (
 
 // conns is the open connections and what is held for them.
 type conns struct {
-	max   int
+	max   int            // strangers
+	asks  int            // requests under way in each share
 	known func(Pin) bool // may be nil
 
 	mu        sync.Mutex
@@ -45,6 +47,7 @@ type conns struct {
 type share struct {
 	work, txs chan struct{}
 	open      map[*peer]bool
+	asked     int // requests under way
 	held      int
 	holds     map[*hold]bool
 	freed     chan struct{} // closed, and replaced, when bytes are given back
@@ -66,7 +69,7 @@ func newConns(limit int, known func(Pin) bool) *conns {
 	if limit <= 0 {
 		limit = maxConns
 	}
-	return &conns{max: limit, known: known, strangers: newShare(), friends: newShare(), from: map[netip.Prefix]int{}, keys: map[Pin]map[*peer]bool{}}
+	return &conns{max: limit, asks: maxAsked, known: known, strangers: newShare(), friends: newShare(), from: map[netip.Prefix]int{}, keys: map[Pin]map[*peer]bool{}}
 }
 
 // peer is one connection. What follows the bucket is guarded by conns.mu.
@@ -81,6 +84,7 @@ type peer struct {
 	asked  time.Time // when its key was last looked up
 	closed bool
 	busy   bool      // requests are under way
+	asks   int       // how many
 	at     time.Time // of its newest request, or of the end of the last
 	held   int
 }
@@ -154,6 +158,7 @@ func (p *peer) Close() error {
 	if !p.closed {
 		p.closed = true
 		p.all.leave(p)
+		p.share.asked -= p.asks // they are ending: nobody else has to give way for them
 	}
 	p.all.mu.Unlock()
 	return p.Conn.Close()
@@ -220,6 +225,8 @@ func (s *conns) befriend(p *peer, pin Pin) {
 		return
 	}
 	s.leave(p)
+	s.strangers.asked -= p.asks
+	s.friends.asked += p.asks
 	p.pin, p.share = &pin, &s.friends
 	s.friends.open[p] = true
 	mine := s.keys[pin]
@@ -343,12 +350,62 @@ func (b *bucket) take(now time.Time) bool {
 	return true
 }
 
-func limit(h http.Handler) http.Handler {
+// begin counts a request. When there are too many, the connection goes that has the most of them; to refuse all that
+// come later would let who waits for nothing lock out everybody.
+func (s *conns) begin(p *peer) error {
+	s.mu.Lock()
+	if p.closed {
+		s.mu.Unlock()
+		return net.ErrClosed
+	}
+	var out *peer
+	if p.share.asked >= s.asks {
+		out = p
+		for q := range p.share.open {
+			if q.asks > out.asks {
+				out = q
+			}
+		}
+	}
+	if out == p {
+		s.mu.Unlock()
+		return crowded("too many requests are under way, most of them on this connection")
+	}
+	p.asks++
+	p.share.asked++
+	s.mu.Unlock()
+	if out != nil {
+		out.Close() // and with it end its requests
+	}
+	return nil
+}
+
+func (s *conns) end(p *peer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.closed {
+		return
+	}
+	p.asks--
+	p.share.asked--
+}
+
+func (s *conns) limit(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if p, ok := r.Context().Value(peerKey{}).(*peer); ok && !p.rate.take(time.Now()) {
+		p, _ := r.Context().Value(peerKey{}).(*peer)
+		if p == nil {
+			refuse(w, crowded("not a connection of this server"))
+			return
+		}
+		if !p.rate.take(time.Now()) {
 			refuse(w, &failure{http.StatusTooManyRequests, kindBusy, errors.New("too many requests on this connection")})
 			return
 		}
+		if err := s.begin(p); err != nil {
+			refuse(w, err)
+			return
+		}
+		defer s.end(p)
 		h.ServeHTTP(w, r)
 	})
 }

@@ -314,3 +314,82 @@ func TestHandlersShareTheRoom(t *testing.T) {
 		}
 	}
 }
+
+// Requests that only wait cost memory too: so many at once, and whoever has the most of them gives way.
+func TestRequestsThatWaitAreBounded(t *testing.T) {
+	const most = 60
+	g := newGrid(t, 1, nil)
+	v := g.start(0)
+	await(t, v, 10*time.Second)
+	v.conns.mu.Lock()
+	v.conns.asks = most
+	v.conns.mu.Unlock()
+	ctx := within(t, 30*time.Second)
+	asked := func() int {
+		v.conns.mu.Lock()
+		defer v.conns.mu.Unlock()
+		return v.conns.strangers.asked
+	}
+	watch := canonical.Encode(watchRequest{After: 1 << 40})
+	var ws []*wire
+	wait := func(n int) {
+		t.Helper()
+		w, err := connect(t, g.addrs[0], "127.0.0.2", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ws = append(ws, w)
+		for range n {
+			w.ask(pathWatch, watch)
+		}
+	}
+	// The control: fewer.
+	wait(most / 2)
+	until(t, "requests that are few wait", func() bool { return asked() == most/2 })
+	// One connection alone has more refused, and keeps those that it has.
+	for range most {
+		ws[0].ask(pathWatch, watch)
+	}
+	until(t, "as many as may be", func() bool { return asked() == most })
+	if open(ws) != 1 {
+		t.Fatal("a connection was closed with nobody who needs its room")
+	}
+	// Another client needs one place. The one who has them all gives way.
+	c := g.client(nil)
+	if _, err := c.Read(ctx, "a"); err != nil {
+		t.Fatalf("locked out by requests that wait: %v", err)
+	}
+	<-ws[0].gone
+	for range 8 {
+		wait(most / 3)
+		if n := asked(); n > most {
+			t.Errorf("%d requests are under way", n)
+		}
+		if _, err := c.Read(ctx, "a"); err != nil {
+			t.Errorf("locked out by requests of many connections: %v", err)
+		}
+	}
+	for _, w := range ws {
+		w.Close()
+	}
+	until(t, "what was asked is over", func() bool { return asked() == 0 })
+}
+
+func TestARateIsHeld(t *testing.T) {
+	at := time.Unix(1, 0)
+	b := bucket{tokens: burstPerConn, at: at}
+	taken := func(now time.Time) (n int) {
+		for b.take(now) {
+			n++
+		}
+		return n
+	}
+	for _, x := range []struct {
+		after time.Duration
+		want  int
+	}{{0, burstPerConn}, {0, 0}, {time.Second, ratePerConn}, {1100 * time.Millisecond, ratePerConn / 10}, {time.Hour, burstPerConn}} {
+		if n := taken(at.Add(x.after)); n < x.want-1 || n > x.want {
+			t.Errorf("after %v: %d requests, want %d", x.after, n, x.want)
+		}
+	}
+}

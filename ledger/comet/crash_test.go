@@ -301,6 +301,7 @@ func TestAPIHoldsItsLimits(t *testing.T) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	got := map[int]int{}
+	began := time.Now()
 	for range 64 {
 		wg.Go(func() {
 			for range 60 {
@@ -312,7 +313,9 @@ func TestAPIHoldsItsLimits(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if got[400] < burstPerConn/2 || got[429] == 0 {
+	// A busy machine may take them no faster than the rate lets them in: TestARateIsHeld has the clock of its own.
+	quick := float64(got[400]+got[429]) > burstPerConn+ratePerConn*time.Since(began).Seconds()
+	if got[400] < burstPerConn/2 || quick && got[429] == 0 {
 		t.Errorf("statuses of a burst: %v", got)
 	}
 	// Only TLS 1.3 with HTTP/2.
