@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"holdfast/contract"
 	"holdfast/identity"
@@ -114,9 +115,12 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 		if tx.Nonce != *last+1 {
 			return nil, CodeNonce, fmt.Errorf("nonce %d, the next one is %d: it was executed before, or another transaction comes first", tx.Nonce, *last+1)
 		}
+		if err := b.inTime(tx); err != nil {
+			return nil, CodeNonce, err
+		}
 		set(b, NonceKey(tx.Actor), &tx.Nonce)
-	} else if tx.Nonce != 0 || tx.Actor != (Actor{}) {
-		return nil, CodeInvalid, errors.New("an account's creation has no actor and no nonce")
+	} else if tx.Nonce != 0 || tx.Until != 0 || tx.Actor != (Actor{}) {
+		return nil, CodeInvalid, errors.New("an account's creation has no actor, no nonce and no last time")
 	}
 	if err := b.execute(tx, who); err != nil {
 		err = fmt.Errorf("%s: %w", tx.Kind, err)
@@ -126,6 +130,18 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 		return nil, CodeRefused, err
 	}
 	return nil, CodeOK, nil
+}
+
+// inTime checks a transaction's last time against the block's.
+func (b *batch) inTime(tx *Tx) error {
+	text := func(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
+	switch now := b.clock.Time / 1000; {
+	case tx.Until < now:
+		return fmt.Errorf("its time is over: it was good until %s, and it is %s", text(tx.Until), text(now))
+	case tx.Until-now > int64(MaxTxLife/time.Second):
+		return fmt.Errorf("it would be good until %s, it is %s, and more than %v are not allowed: is the clock right?", text(tx.Until), text(now), MaxTxLife)
+	}
+	return nil
 }
 
 // acts of each kind: what the account's policy is asked for.

@@ -69,6 +69,7 @@ func (x *grid) admission(farm identity.FarmID, i int) *NodeAdmit {
 
 func (x *grid) tx(kind Kind, a Actor, payload any, keys ...*identity.PrivateKey) *Tx {
 	tx := NewTx(x.g.GridID(), kind, a, x.nonce[a]+1, payload)
+	tx.Until = x.at.Add(time.Minute).Unix()
 	for _, k := range keys {
 		tx.Sign(k)
 	}
@@ -90,7 +91,7 @@ func (x *grid) submit(tx *Tx) Result {
 }
 
 // entries is a list that can be read.
-func entries[T any](t *testing.T, s *State, key string) []T {
+func entries[T any](t testing.TB, s *State, key string) []T {
 	t.Helper()
 	l, err := list[T](s, key)
 	if err != nil {
@@ -212,6 +213,7 @@ func TestTransactionsOfOthersAreRefused(t *testing.T) {
 
 func NewTxSigned(grid identity.GridID, kind Kind, a Actor, nonce uint64, payload any, k *identity.PrivateKey) *Tx {
 	tx := NewTx(grid, kind, a, nonce, payload)
+	tx.Until = 1_800_000_000 + 1000 // soon after newGrid's time
 	tx.Sign(k)
 	return tx
 }

@@ -3,6 +3,7 @@ package ledger
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"holdfast/contract"
 	"holdfast/identity"
@@ -37,7 +38,12 @@ type Tx struct {
 	Nonce      uint64          `cbor:"5,keyasint"` // one more than the actor's last
 	Payload    []byte          `cbor:"6,keyasint"`
 	Signatures []TxSignature   `cbor:"7,keyasint,omitempty"`
+	Until      int64           `cbor:"8,keyasint,omitempty"` // Unix seconds: no block of a later time executes it; none in account.create
 }
+
+// MaxTxLife is how far ahead a transaction's Until can be. What was signed, refused before it came into a block, and given
+// up must not come true in a year: whoever has the bytes can send them again.
+const MaxTxLife = 7 * 24 * time.Hour
 
 // Actor is who acts: an account or a node.
 type Actor struct {
@@ -53,7 +59,7 @@ type TxSignature struct {
 
 const txPurpose = "holdfast/tx/v1"
 
-// NewTx makes an unsigned transaction.
+// NewTx makes an unsigned transaction. Its Until is still to be set, but for account.create, which has none.
 func NewTx(grid identity.GridID, kind Kind, actor Actor, nonce uint64, payload any) *Tx {
 	return &Tx{Version: 1, Grid: grid, Kind: kind, Actor: actor, Nonce: nonce, Payload: canonical.Encode(payload)}
 }
