@@ -124,7 +124,7 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 	}
 	if err := b.execute(tx, who); err != nil {
 		err = fmt.Errorf("%s: %w", tx.Kind, err)
-		if who.could(tx.Kind) {
+		if who.could(tx.Kind) && !errors.As(err, new(notAllowed)) {
 			return tx, CodeRefused, err
 		}
 		return nil, CodeRefused, err
@@ -144,28 +144,36 @@ func (b *batch) inTime(tx *Tx) error {
 	return nil
 }
 
-// acts of each kind: what the account's policy is asked for.
-var acts = map[Kind][]identity.Act{
-	KindFarmAdmit:      {identity.ActAdmitFarm},
-	KindNodeAdmit:      {identity.ActAdmitNode},
-	KindGatewayAdmit:   {identity.ActAdmitGateway},
-	KindContractSubmit: {identity.ActCreate, identity.ActRevise},
-	KindContractCancel: {identity.ActCancel},
-	KindEnvelopePut:    {identity.ActRevise},
+// acts are what an account's policy may be asked for by a kind of transaction.
+func acts(kind Kind) []identity.Act {
+	switch kind {
+	case KindFarmAdmit:
+		return []identity.Act{identity.ActAdmitFarm}
+	case KindNodeAdmit:
+		return []identity.Act{identity.ActAdmitNode}
+	case KindGatewayAdmit:
+		return []identity.Act{identity.ActAdmitGateway}
+	case KindContractSubmit:
+		return []identity.Act{identity.ActCreate, identity.ActRevise}
+	case KindContractCancel:
+		return []identity.Act{identity.ActCancel}
+	case KindEnvelopePut:
+		return []identity.Act{identity.ActRevise}
+	}
+	return []identity.Act{identity.ActDefault}
 }
 
 // could reports whether the signers satisfy the actor's policy for this kind of transaction. Only then does a refusal use up
-// the nonce: one stolen device of several must not be able to hold up its account.
+// the nonce: one stolen device of several must not be able to hold up its account, nor somebody who passes a transaction on
+// and takes signatures off it.
 func (w *signers) could(kind Kind) bool {
-	switch as, known := acts[kind]; {
+	switch {
 	case w.node != nil:
 		return true
 	case w.account == nil:
 		return false
-	case known:
-		return slices.ContainsFunc(as, func(a identity.Act) bool { return w.account.Allows(a, w.devices) == nil })
 	}
-	return w.account.Allows(identity.ActDefault, w.devices) == nil
+	return slices.ContainsFunc(acts(kind), func(a identity.Act) bool { return w.account.Allows(a, w.devices) == nil })
 }
 
 func (b *batch) execute(tx *Tx, who *signers) error {
@@ -208,8 +216,14 @@ func (w *signers) allowed(owner identity.AccountID, act identity.Act) error {
 	if w.account.ID != owner {
 		return fmt.Errorf("only %v can do this, %v signed", owner, w.account.ID)
 	}
-	return w.account.Allows(act, w.devices)
+	if err := w.account.Allows(act, w.devices); err != nil {
+		return notAllowed{err}
+	}
+	return nil
 }
+
+// notAllowed is the refusal of what more signatures would make good.
+type notAllowed struct{ error }
 
 func (b *batch) grid() *Grid {
 	g, err := get[Grid](&b.State, GridKey)
