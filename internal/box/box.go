@@ -253,7 +253,7 @@ const maxLog = 16 << 20
 func rotate(path string, limit int64) error {
 	st, err := os.Stat(path)
 	if err != nil || st.Size() <= limit {
-		return nil
+		return nil // also where there is none
 	}
 	from, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {

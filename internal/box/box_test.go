@@ -451,3 +451,30 @@ func TestABoxThatCannotBeginSaysWhyAndLeavesNothing(t *testing.T) {
 		t.Errorf("left: %v", l)
 	}
 }
+
+func TestALogThatGrowsIsMovedWhileItIsWritten(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	log, err := openLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	for _, step := range []struct{ write, old, now string }{
+		{"first\n", "", "first\n"},
+		{"beyond the limit\n", "first\nbeyond the limit\n", ""},
+		{"next\n", "first\nbeyond the limit\n", "next\n"},
+	} {
+		fmt.Fprint(log, step.write)
+		if err := rotate(path, 16); err != nil {
+			t.Fatal(err)
+		}
+		old, _ := os.ReadFile(path + ".1")
+		now, _ := os.ReadFile(path)
+		if string(old) != step.old || string(now) != step.now {
+			t.Errorf("after %q: %q and %q", step.write, old, now)
+		}
+	}
+	if err := rotate(filepath.Join(t.TempDir(), "absent"), 16); err != nil {
+		t.Error(err)
+	}
+}

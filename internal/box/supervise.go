@@ -153,6 +153,8 @@ func Supervise(ctx context.Context, p Plan, ready func()) error {
 	}
 	t := time.NewTicker(200 * time.Millisecond)
 	defer t.Stop()
+	logs := time.NewTicker(time.Minute)
+	defer logs.Stop()
 	said := ""
 	for {
 		err := s.once()
@@ -170,6 +172,12 @@ func Supervise(ctx context.Context, p Plan, ready func()) error {
 		case <-ctx.Done():
 			return stopRecords(context.WithoutCancel(ctx), p.Dir)
 		case <-t.C:
+		case <-logs.C:
+			for _, b := range s.specs {
+				if err := rotate(b.Log, maxLog); err != nil {
+					p.Log.Error("a log goes on growing", "error", err)
+				}
+			}
 		}
 	}
 }
