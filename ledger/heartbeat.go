@@ -4,7 +4,6 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
-	"math"
 	"sync"
 	"time"
 
@@ -145,8 +144,9 @@ func (e *Ears) Hear(s *State, raw []byte, now time.Time) error {
 
 // clockOffset is how far sequence, Unix nanoseconds, is ahead of now; it does not overflow, whatever a node claims.
 func clockOffset(sequence uint64, now time.Time) time.Duration {
-	if sequence > math.MaxInt64 {
-		return math.MaxInt64
+	const maxInt64 = 1<<63 - 1
+	if sequence > maxInt64 {
+		return maxInt64
 	}
 	return time.Unix(0, int64(sequence)).Sub(now.Round(0)) // wall clock against wall clock; Sub saturates
 }
