@@ -19,6 +19,7 @@ const (
 	ActAdmitFarm    Act = "admit-farm"    // grid account only
 	ActAdmitNode    Act = "admit-node"    // the farm's owner
 	ActAdmitGateway Act = "admit-gateway" // grid account only
+	ActSetQuota     Act = "set-quota"     // grid account only
 )
 
 // Limits of an account.

@@ -147,6 +147,8 @@ func (b *batch) inTime(tx *Tx) error {
 // acts are what an account's policy may be asked for by a kind of transaction.
 func acts(kind Kind) []identity.Act {
 	switch kind {
+	case KindAccountQuota:
+		return []identity.Act{identity.ActSetQuota}
 	case KindFarmAdmit:
 		return []identity.Act{identity.ActAdmitFarm}
 	case KindNodeAdmit:
@@ -180,6 +182,8 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 	switch tx.Kind {
 	case KindAccountCreate:
 		return with(tx, func(p *AccountCreate) error { return b.accountCreate(tx, p) })
+	case KindAccountQuota:
+		return with(tx, func(p *AccountQuota) error { return b.accountQuota(who, p) })
 	case KindFarmAdmit:
 		return with(tx, func(p *FarmAdmit) error { return b.farmAdmit(tx, who, p) })
 	case KindNodeAdmit:
@@ -489,53 +493,6 @@ func (b *batch) settle(id contract.ID) error {
 		b.more()
 	}
 	return err
-}
-
-// Quotas of one account: what its active contracts may have in all. They keep one account from using up what all share, not
-// somebody with many accounts.
-const (
-	MaxAccountContracts = 256
-	MaxAccountWorkloads = 2048
-	MaxAccountNetworks  = 512
-	MaxAccountHosts     = 512
-)
-
-func usage(h *contract.Header) AccountUsed {
-	u := AccountUsed{Networks: len(h.Networks), Hosts: len(h.Routes)}
-	if h.Version != 0 {
-		u.Contracts = 1
-	}
-	for i := range h.Services {
-		u.Workloads += int(h.Services[i].Replicas)
-	}
-	return u
-}
-
-// bill makes an account's usage that of h instead of was; an empty header uses nothing.
-func (b *batch) bill(id identity.AccountID, was, h *contract.Header) error {
-	u, err := orZero(get[AccountUsed](&b.State, AccountUsedKey(id)))
-	if err != nil {
-		return fmt.Errorf("usage of %v: %w", id, err)
-	}
-	from, to := usage(was), usage(h)
-	for _, q := range []struct {
-		what     string
-		used     *int
-		from, to int
-		limit    int
-	}{
-		{"contracts", &u.Contracts, from.Contracts, to.Contracts, MaxAccountContracts},
-		{"workloads", &u.Workloads, from.Workloads, to.Workloads, MaxAccountWorkloads},
-		{"networks", &u.Networks, from.Networks, to.Networks, MaxAccountNetworks},
-		{"hosts", &u.Hosts, from.Hosts, to.Hosts, MaxAccountHosts},
-	} {
-		*q.used += q.to - q.from
-		if q.to > q.from && *q.used > q.limit {
-			return fmt.Errorf("the account would have %d %s, at most %d are allowed", *q.used, q.what, q.limit)
-		}
-	}
-	set(b, AccountUsedKey(id), u)
-	return nil
 }
 
 // NetworkPrefix are the 40 bits of an overlay network's /48, as package overlay derives them (a test of node/ compares).

@@ -20,6 +20,7 @@ type Genesis struct {
 	Validators []Validator         `cbor:"7,keyasint" json:"validators"`
 	Lease      time.Duration       `cbor:"8,keyasint" json:"lease"`  // how long a node counts as alive after its last heartbeat
 	Margin     time.Duration       `cbor:"9,keyasint" json:"margin"` // a node stops its volumes' workloads this much before, the ledger moves on this much after
+	Limits     Limits              `cbor:"10,keyasint,omitzero" json:"limits,omitzero"`
 }
 
 // Validator takes part in consensus.
@@ -80,7 +81,8 @@ func FarmKey(id identity.FarmID) string           { return "farm/" + string(id[:
 func NodeKey(id identity.NodeID) string           { return "node/" + string(id[:]) }
 func NodeWorkKey(id identity.NodeID) string       { return "node-contracts/" + string(id[:]) } // []contract.ID that have a workload there
 func NodeUsedKey(id identity.NodeID) string       { return "node-used/" + string(id[:]) }
-func AccountUsedKey(id identity.AccountID) string { return "account-used/" + string(id[:]) }
+func AccountUsedKey(id identity.AccountID) string { return "account-used/" + string(id[:]) }  // Quota
+func QuotaKey(id identity.AccountID) string       { return "account-quota/" + string(id[:]) } // Quota, where the account has its own
 func GatewayKey(id identity.GatewayID) string     { return "gateway/" + string(id[:]) }
 func ContractKey(id contract.ID) string           { return "contract/" + string(id[:]) }
 func AssignmentsKey(id contract.ID) string        { return "assignments/" + string(id[:]) }
@@ -117,6 +119,7 @@ const (
 	GatewaysKey  = "gateways"  // []identity.GatewayID
 	ContractsKey = "contracts" // []contract.ID, those that are active
 	RoutesKey    = "routes"    // []string, host names
+	SharedKey    = "shared"    // Quota, what all accounts without a quota of their own use together
 	WaitingKey   = "waiting"   // []contract.ID, active ones with a workload that is on no node, the next one to try first
 )
 
@@ -137,14 +140,6 @@ type NodeUsed struct {
 	CPUMilli  int64 `cbor:"1,keyasint"`
 	Memory    int64 `cbor:"2,keyasint"`
 	Workloads int64 `cbor:"3,keyasint"`
-}
-
-// AccountUsed is what the active contracts of an account have, of what has a quota.
-type AccountUsed struct {
-	Contracts int `cbor:"1,keyasint"`
-	Workloads int `cbor:"2,keyasint"`
-	Networks  int `cbor:"3,keyasint"`
-	Hosts     int `cbor:"4,keyasint"`
 }
 
 // Farm is machines of one owner.

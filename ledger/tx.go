@@ -19,6 +19,7 @@ type Kind string
 // The kinds of this version and their payloads.
 const (
 	KindAccountCreate  Kind = "account.create"  // AccountCreate, signed by every device in it
+	KindAccountQuota   Kind = "account.quota"   // AccountQuota, by the grid's account
 	KindFarmAdmit      Kind = "farm.admit"      // FarmAdmit, by the grid's account
 	KindNodeAdmit      Kind = "node.admit"      // NodeAdmit, by the farm's owner
 	KindNodeUpdate     Kind = "node.update"     // NodeUpdate, by the node
@@ -111,6 +112,12 @@ type AccountCreate struct {
 	Devices []identity.Device   `cbor:"1,keyasint"`
 	Policy  identity.Policy     `cbor:"2,keyasint"`
 	Sealing identity.SealingKey `cbor:"3,keyasint"`
+}
+
+// AccountQuota gives an account a quota of its own, in place of its part in what all others share.
+type AccountQuota struct {
+	Account identity.AccountID `cbor:"1,keyasint"`
+	Quota   Quota              `cbor:"2,keyasint"`
 }
 
 // FarmAdmit makes a farm of an owner.
