@@ -41,6 +41,9 @@ func DefaultLimits() Limits {
 	}
 }
 
+// OwnQuota is what a grid gives an account that it knows, when nothing else was agreed.
+func OwnQuota() Quota { return Quota{1024, 8192, 2048, 2048} }
+
 func (l Limits) orDefault() Limits {
 	d := DefaultLimits()
 	if l.Account == (Quota{}) {

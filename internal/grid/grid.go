@@ -355,10 +355,19 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 	if err != nil {
 		return err
 	}
-	if err := g.account(ctx, c, user, say); err != nil {
+	account, err := g.account(ctx, c, user, say)
+	if err != nil {
 		return err
 	}
 	gridActor := ledger.Actor{ID: g.Genesis.GridAccount()}
+	// What strangers may have together, they may use up; the grid's own user does not depend on it.
+	if _, err := api.Get[ledger.Quota](ctx, c, ledger.QuotaKey(account)); errors.Is(err, ledger.ErrAbsent) {
+		if _, err := c.Act(ctx, ledger.KindAccountQuota, gridActor, &ledger.AccountQuota{Account: account, Quota: ledger.OwnQuota()}, admin.DeviceKey()); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
 	farms, err := api.List[identity.FarmID, ledger.Farm](ctx, c, ledger.FarmsKey, ledger.FarmKey)
 	if err != nil {
 		return err
@@ -427,10 +436,10 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 }
 
 // account creates the user's account and writes client.json.
-func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFile, say func(string)) error {
+func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFile, say func(string)) (identity.AccountID, error) {
 	open, err := user.OpeningKey()
 	if err != nil {
-		return err
+		return identity.AccountID{}, err
 	}
 	k := user.DeviceKey()
 	tx := ledger.NewTx(c.Grid(), ledger.KindAccountCreate, ledger.Actor{}, 0, &ledger.AccountCreate{
@@ -441,16 +450,16 @@ func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFil
 	if _, err := api.Get[identity.Account](ctx, c, ledger.AccountKey(id)); errors.Is(err, ledger.ErrAbsent) {
 		say("creating account " + id.Short())
 		if _, err := c.Submit(ctx, tx); err != nil {
-			return err
+			return id, err
 		}
 	} else if err != nil {
-		return err
+		return id, err
 	}
 	b, err := json.MarshalIndent(Client{Gateway: g.Listen, Account: id}, "", "  ")
 	if err != nil {
-		return err
+		return id, err
 	}
-	return writeFile(filepath.Join(g.Dir, "client.json"), b, 0o644)
+	return id, writeFile(filepath.Join(g.Dir, "client.json"), b, 0o644)
 }
 
 // capacity is what one of n nodes on this machine offers: an equal share of memory, and all cores, since they are shared.
