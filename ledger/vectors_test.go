@@ -1,0 +1,208 @@
+package ledger
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"holdfast/contract"
+	"holdfast/identity"
+)
+
+// vectors collects named bytes in their order.
+type vectors struct {
+	bytes.Buffer
+}
+
+func (v *vectors) add(name string, b []byte) { fmt.Fprintf(v, "%s %x\n", name, b) }
+
+// sum adds a digest, for what is long.
+func (v *vectors) sum(name string, b []byte) {
+	d := sha256.Sum256(b)
+	fmt.Fprintf(v, "%s sha256 %x\n", name, d)
+}
+
+// life is a grid in which every kind of transaction happens once, with what it signed and all that it left.
+func life(t *testing.T) (*vectors, *State) {
+	v := &vectors{}
+	at := time.Unix(1_800_000_000, 0)
+	key := func(b byte) *identity.PrivateKey { return identity.NewKey([32]byte{'v', b}) }
+	open, err := identity.NewOpeningKey([32]byte{'v', 9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin, user, machine := key(1), key(2), key(3)
+	g := &Genesis{
+		Version: 1, Name: "vectors", Time: at.Unix(), Devices: []identity.Device{{Name: "admin", Key: admin.Public()}}, Policy: identity.SingleDevice(),
+		Sealing: open.Public(), Lease: 5 * time.Second, Margin: time.Second,
+		Validators: []Validator{{Name: "v", Key: []byte("a validator's key"), Power: 10, TLS: [32]byte{4}, Address: "[2001:db8::1]:7447"}},
+	}
+	v.add("genesis", g.Encode())
+	id := g.GridID()
+	v.add("genesis.grid", id[:])
+	fmt.Fprintf(v, "genesis.grid.text %v\n", id)
+	account := g.GridAccount()
+	v.add("genesis.account", account[:])
+	limited := *g
+	limited.Limits = Limits{Account: Quota{1, 2, 3, 4}, Shared: Quota{5, 6, 7, 8}}
+	v.sum("genesis.limits", limited.Encode())
+
+	s, err := New(g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	height := int64(0)
+	apply := func(kind Kind, a Actor, payload any, k *identity.PrivateKey) [32]byte {
+		t.Helper()
+		nonce, err := orZero(get[uint64](s, NonceKey(a)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tx := NewTx(id, kind, a, *nonce+1, payload)
+		if tx.Until = at.Add(time.Minute).Unix(); kind == KindAccountCreate {
+			tx.Nonce, tx.Until = 0, 0
+		}
+		v.add("tx."+string(kind)+".signed", tx.signBytes())
+		txID := tx.ID()
+		v.add("tx."+string(kind)+".id", txID[:])
+		tx.Sign(k)
+		v.sum("tx."+string(kind), tx.Encode())
+		height++
+		at = at.Add(time.Second)
+		next, res := s.Apply(Block{Height: height, Time: at, Txs: [][]byte{tx.Encode()}, Heard: []Heard{{Power: 10, Nodes: Bitmap{1}}}})
+		if res[0].Code != CodeOK {
+			t.Fatalf("%s: %s", kind, res[0].Log)
+		}
+		s = next
+		return txID
+	}
+	boss := Actor{ID: account}
+	owner := Actor{ID: apply(KindAccountCreate, Actor{}, &AccountCreate{Devices: []identity.Device{{Name: "laptop", Key: user.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public()}, user)}
+	apply(KindAccountQuota, boss, &AccountQuota{owner.ID, OwnQuota()}, admin)
+	farm := identity.FarmID(apply(KindFarmAdmit, boss, &FarmAdmit{Name: "farm-1", Owner: account}, admin))
+	session := ed25519.NewKeyFromSeed(slices.Repeat([]byte{7}, 32))
+	admit := &NodeAdmit{
+		Farm: farm, Name: "node-1", Key: machine.Public(), Sealing: open.Public(), WireGuard: [32]byte{1}, TLS: [32]byte{2}, Session: [32]byte{3},
+		Endpoints: []string{"2001:db8::5"}, CPUMilli: 4000, Memory: 8 << 30,
+	}
+	admit.Proof = machine.Sign(NodeAdmitPurpose, admit.ProofBytes(id))
+	apply(KindNodeAdmit, boss, admit, admin)
+	nodeKey := machine.Public()
+	node := nodeKey.Node()
+	apply(KindNodeUpdate, Actor{true, node}, &NodeUpdate{[32]byte(session.Public().(ed25519.PublicKey)), []string{"2001:db8::6"}}, machine)
+	apply(KindGatewayAdmit, boss, &GatewayAdmit{Name: "gateway", TLS: [32]byte{5}, Address: "[2001:db8::2]:443"}, admin)
+	h := &contract.Header{
+		Version: 1, Grid: id, Account: owner.ID, Name: "app", Revision: 1, SealedSize: 100, Networks: []string{"default"}, Volumes: []contract.Volume{{Name: "data", Size: 1 << 30}},
+		Services: []contract.Service{{Name: "db", Replicas: 1, CPUMilli: 500, Memory: 64 << 20, Pids: 100, Networks: []string{"default"}, Volumes: []string{"data"}}},
+		Routes:   []contract.Route{{Host: "app.localhost", Service: "db", Port: 80}},
+	}
+	env := func(kind string, to [32]byte) contract.Envelope {
+		return contract.Envelope{Revision: h.RevisionID(), Kind: kind, Recipient: to, Sealed: []byte("sealed for " + kind)}
+	}
+	apply(KindContractSubmit, owner, &ContractSubmit{h.Encode(), []contract.Envelope{env("account", owner.ID)}}, user)
+	apply(KindEnvelopePut, owner, &EnvelopePut{[]contract.Envelope{env("node", node)}}, user)
+	apply(KindVolumeCreated, Actor{true, node}, &VolumeCreated{contract.VolumeOf(h.ContractID(), "data")}, machine)
+	live := s
+	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
+	v.add("root.cancelled", func() []byte { r := s.Root(); return r[:] }())
+
+	beat := &Heartbeat{Grid: id, Node: node, Sequence: 1_800_000_000_000_000_001, Workloads: []Report{{
+		Workload: contract.WorkloadOf(h.ContractID(), "db", 0), Contract: h.ContractID(), Service: "db", Epoch: 1, Revision: 1, State: StateFailed, Reason: "out of memory",
+		Restarts: 2, Healthy: true, ExitCode: -9,
+	}}}
+	beat.Sign(session)
+	v.add("heartbeat", beat.Encode())
+	ears := NewEars(g, at)
+	if err := ears.Hear(live, beat.Encode(), time.Unix(1_800_000_000, 0)); err != nil {
+		t.Fatal(err)
+	}
+	v.add("extension", ears.Extension(live, time.Unix(1_800_000_001, 0)))
+
+	// Records in the order of their names.
+	records := maps.Collect(live.tree.all())
+	for _, k := range slices.Sorted(maps.Keys(records)) {
+		name := "record." + hex.EncodeToString([]byte(k))
+		if len(records[k]) > 512 {
+			v.sum(name, records[k])
+		} else {
+			v.add(name, records[k])
+		}
+	}
+	root := live.Root()
+	v.add("root", root[:])
+	_, p := live.Get(ContractsKey)
+	v.add("proof.present", p)
+	for _, absent := range []string{"no such record", RouteKey("nobody.localhost")} {
+		_, p := live.Get(absent)
+		v.add("proof.absent."+hex.EncodeToString([]byte(absent)), p)
+	}
+	return v, live
+}
+
+// What is signed, hashed and kept is for ever: these bytes do not change. Whoever changes a format on purpose puts the new
+// ones, which the test writes, into testdata/vectors.txt.
+func TestVectorsAreFrozen(t *testing.T) {
+	got, _ := life(t)
+	want, err := os.ReadFile("testdata/vectors.txt")
+	if err != nil {
+		t.Error(err)
+	}
+	if bytes.Equal(got.Bytes(), want) {
+		return
+	}
+	frozen := map[string]bool{}
+	for l := range strings.Lines(string(want)) {
+		frozen[l] = true
+	}
+	for l := range strings.Lines(got.String()) {
+		if !frozen[l] {
+			t.Errorf("not frozen: %.200s", strings.TrimSpace(l))
+		}
+	}
+	out := t.ArtifactDir() + "/vectors.txt"
+	if err := os.WriteFile(out, got.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Errorf("vectors differ (with -artifacts they are kept in %s)", out)
+}
+
+// The frozen proofs hold for the frozen root, and for no other.
+func TestFrozenProofsHold(t *testing.T) {
+	f, err := os.Open("testdata/vectors.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	v := map[string][]byte{}
+	r := bufio.NewScanner(f)
+	r.Buffer(nil, 1<<20)
+	for r.Scan() {
+		if p := strings.Fields(r.Text()); len(p) == 2 {
+			v[p[0]], _ = hex.DecodeString(p[1])
+		}
+	}
+	root := [32]byte(v["root"])
+	key := func(s string) string { return hex.EncodeToString([]byte(s)) }
+	proofs := map[string][]byte{ContractsKey: v["record."+key(ContractsKey)], "no such record": nil, RouteKey("nobody.localhost"): nil}
+	for name, value := range proofs {
+		proof := v["proof.absent."+key(name)]
+		if value != nil {
+			proof = v["proof.present"]
+		}
+		if err := VerifyProof(root, name, value, proof); err != nil {
+			t.Errorf("%q: %v", name, err)
+		}
+		if VerifyProof([32]byte(v["root.cancelled"]), name, value, proof) == nil {
+			t.Errorf("%q is proved for another root", name)
+		}
+	}
+}
