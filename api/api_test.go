@@ -308,6 +308,26 @@ func TestDamagedBlobs(t *testing.T) {
 			if !errors.Is(err, store.ErrDigest) || errors.Is(err, comet.ErrUnavailable) || !strings.HasPrefix(err.Error(), want) || !strings.Contains(err.Error()[len(want):], "digest") {
 				t.Errorf("%d bytes, %s: %v", size, name, err)
 			}
+			// Who has it may store it again, and then it is whole. What is not it repairs nothing.
+			if have, err := c.HasBlob(ctx, d); err != nil || have {
+				t.Errorf("%d bytes, %s: the grid says that it has it: %v %v", size, name, have, err)
+			}
+			if err := c.PutBlob(ctx, d, int64(len(data)), bytes.NewReader(random(size + 1)[:size]), account, keys.DeviceKey()); err == nil && size > 1 {
+				t.Errorf("%d bytes, %s: other bytes are taken", size, name)
+			}
+			<-g.Stored
+			if err := c.PutBlob(ctx, d, int64(len(data)), bytes.NewReader(data), account, keys.DeviceKey()); err != nil {
+				t.Errorf("%d bytes, %s: it cannot be stored again: %v", size, name, err)
+			}
+			<-g.Stored
+			r, _, err = c.OpenBlob(ctx, d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(r)
+			if r.Close(); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes, %s: stored again: %v", size, name, err)
+			}
 		}
 	}
 }

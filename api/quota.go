@@ -182,6 +182,13 @@ func (u *usage) of(id identity.AccountID) *used {
 	return a
 }
 
+// paid says whether a blob is counted already.
+func (u *usage) paid(d store.Digest) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.have[d]
+}
+
 // upload is a blob on its way in.
 type upload struct {
 	u       *usage

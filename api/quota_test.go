@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,6 +21,7 @@ import (
 type shelf struct {
 	t    *testing.T
 	home string
+	root string // of dir
 	dir  *store.Dir
 	q    Quota
 	v    *Validator
@@ -27,7 +29,8 @@ type shelf struct {
 
 func newShelf(t *testing.T, q Quota) *shelf {
 	s := &shelf{t: t, home: filepath.Join(t.TempDir(), "ledger"), q: q}
-	s.dir = store.NewDir(filepath.Join(t.TempDir(), "blobs"), 1<<20)
+	s.root = filepath.Join(t.TempDir(), "blobs")
+	s.dir = store.NewDir(s.root, 1<<20)
 	s.open()
 	t.Cleanup(func() { s.v.used.close() })
 	return s
@@ -39,7 +42,7 @@ func (s *shelf) open() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.v = &Validator{cfg: ValidatorConfig{Blobs: s.dir}, used: u}
+	s.v = &Validator{cfg: ValidatorConfig{Blobs: s.dir}, used: u, log: slog.New(slog.DiscardHandler)}
 }
 
 func (s *shelf) restart() {
@@ -170,6 +173,32 @@ func TestBlobsThatNobodyPaysFor(t *testing.T) {
 	s.must(1, "a", 600) // the control: it was not counted yet
 	s.restart()
 	s.refused(2, "b", 600, "store is full")
+}
+
+// What was seen damaged is looked at again before it is removed, and costs what it did.
+func TestOneBadReadLosesNothing(t *testing.T) {
+	s := newShelf(t, Quota{AccountBlobs: 1})
+	s.must(1, "a", 100)
+	b, d := blobOf("a", 100)
+	for _, damage := range []bool{false, true} {
+		name := map[bool]string{false: "a copy that is whole", true: "one that is damaged"}[damage]
+		if damage {
+			if err := os.WriteFile(filepath.Join(s.root, d.String()[:2], d.String()), b[1:], 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.v.damaged = map[store.Digest]bool{d: true}
+		lie, _ := blobOf("lie", 100)
+		err := s.v.store(t.Context(), identity.AccountID{1}, d, 100, bytes.NewReader(lie))
+		if have, _ := s.dir.Has(t.Context(), d); have == damage || damage != errors.Is(err, store.ErrDigest) {
+			t.Errorf("%s: the store has it: %v, %v", name, have, err)
+		}
+	}
+	s.v.damaged = map[store.Digest]bool{d: true}
+	s.must(1, "a", 100)
+	if u := s.v.used; u.bytes != 100 || u.blobs != 1 || *u.by[identity.AccountID{1}] != (used{100, 1}) {
+		t.Errorf("%d bytes, %d blobs, %+v", u.bytes, u.blobs, u.by)
+	}
 }
 
 type errReader struct{}

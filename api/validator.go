@@ -61,10 +61,13 @@ type Validator struct {
 	used  *usage // of the store, while it runs
 	log   *slog.Logger
 
+	repair sync.Mutex
+
 	mu       sync.Mutex
 	nodes    string // the lists of the ledger that members was made from
 	gateways string
-	members  map[comet.Pin]bool // the keys of the certificates of nodes and gateways
+	members  map[comet.Pin]bool    // the keys of the certificates of nodes and gateways
+	damaged  map[store.Digest]bool // blobs whose bytes were seen not to have their digest
 }
 
 // NewValidator checks the configuration; nothing happens before Run.
@@ -72,7 +75,7 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 	if cfg.Idle <= 0 {
 		cfg.Idle = 30 * time.Second
 	}
-	v := &Validator{cfg: cfg, log: cfg.Log}
+	v := &Validator{cfg: cfg, log: cfg.Log, damaged: map[store.Digest]bool{}}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -348,6 +351,10 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer release()
+	if r.Method == http.MethodHead && v.isDamaged(d) {
+		http.Error(w, "the copy here is damaged: store it again", http.StatusNotFound) // whoever has it then does
+		return
+	}
 	body, size, err := v.cfg.Blobs.Open(r.Context(), d)
 	if err != nil {
 		code := http.StatusInternalServerError
@@ -368,6 +375,9 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 		// All bytes are sent, as they are. The client finds out by itself, as it must anyway, and can say what is wrong;
 		// an answer that breaks off looks like trouble on the way.
 		v.log.Error("a blob on this disk is damaged", "digest", d, "error", err)
+		v.mu.Lock()
+		v.damaged[d] = true
+		v.mu.Unlock()
 		return
 	}
 	if err != nil {
@@ -419,8 +429,13 @@ func (v *Validator) store(ctx context.Context, id identity.AccountID, d store.Di
 	if err != nil {
 		return err
 	}
-	if have {
-		return v.cfg.Blobs.Put(ctx, d, r) // which has nothing to do
+	if have && v.isDamaged(d) {
+		if have, err = v.intact(ctx, d); err != nil {
+			return err
+		}
+	}
+	if have || v.used.paid(d) { // it is there, or was until it was found damaged
+		return v.cfg.Blobs.Put(ctx, d, r)
 	}
 	up, err := v.used.begin(id, size)
 	if err != nil {
@@ -431,6 +446,42 @@ func (v *Validator) store(ctx context.Context, id identity.AccountID, d store.Di
 		return err
 	}
 	return up.done(d)
+}
+
+func (v *Validator) isDamaged(d store.Digest) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.damaged[d]
+}
+
+// intact reads a blob that was seen damaged once more, and removes it if it is: one bad read is no reason to lose the
+// only copy.
+func (v *Validator) intact(ctx context.Context, d store.Digest) (bool, error) {
+	v.repair.Lock() // two who store it must not remove what the other has just repaired
+	defer v.repair.Unlock()
+	if !v.isDamaged(d) {
+		return v.cfg.Blobs.Has(ctx, d)
+	}
+	body, _, err := v.cfg.Blobs.Open(ctx, d)
+	if errors.Is(err, store.ErrAbsent) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	_, err = io.Copy(io.Discard, body)
+	body.Close()
+	ok := err == nil
+	if errors.Is(err, store.ErrDigest) {
+		v.log.Warn("a damaged blob is stored again", "digest", d)
+		err = v.cfg.Blobs.Remove(d)
+	}
+	if err != nil {
+		return false, err
+	}
+	v.mu.Lock()
+	delete(v.damaged, d)
+	v.mu.Unlock()
+	return ok, nil
 }
 
 func (v *Validator) account(id identity.AccountID) (*identity.Account, error) {

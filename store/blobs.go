@@ -47,6 +47,8 @@ type Blobs interface {
 	Put(ctx context.Context, d Digest, r io.Reader) error
 	// Open returns the blob and its size. The reader fails at its end if the bytes on disk have changed.
 	Open(ctx context.Context, d Digest) (io.ReadCloser, int64, error)
+	// Remove deletes a blob, if it is there.
+	Remove(d Digest) error
 	// Each calls f for every blob, in no order, until f fails.
 	Each(f func(d Digest, size int64) error) error
 }
@@ -169,7 +171,7 @@ func (s *Dir) Each(f func(d Digest, size int64) error) error {
 	return err
 }
 
-// Remove deletes a blob, if it is there.
+// Remove implements Blobs.
 func (s *Dir) Remove(d Digest) error {
 	if err := os.Remove(s.path(d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove %v: %w", d, err)
