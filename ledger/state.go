@@ -27,6 +27,7 @@ type State struct {
 	tree  *trieNode
 	clock clock
 	sigs  *signatures
+	birth *Genesis        // the tree's genesis, kept at hand: it is read with every block and never changes
 	fleet []schedule.Node // the tree's nodes with the room that is left, kept at hand; never changed in place
 }
 
@@ -70,8 +71,11 @@ const (
 
 // New is the state that a genesis begins with.
 func New(g *Genesis) (*State, error) {
-	s := &State{sigs: newSignatures()}
-	b := &batch{State: *s}
+	birth, err := Decode[Genesis](g.Encode()) // its own, whatever becomes of g
+	if err != nil {
+		return nil, fmt.Errorf("genesis: %w", err)
+	}
+	b := &batch{State: State{sigs: newSignatures(), birth: birth}}
 	acct := identity.Account{ID: g.GridAccount(), Devices: g.Devices, Policy: g.Policy, Sealing: g.Sealing}
 	if err := acct.Validate(); err != nil {
 		return nil, fmt.Errorf("genesis: grid account: %w", err)
@@ -97,6 +101,9 @@ func Load(all iter.Seq2[string, []byte]) (*State, error) {
 		s.tree = s.tree.put(k, v)
 	}
 	var err error
+	if s.birth, err = get[Genesis](s, genesisKey); err != nil && !errors.Is(err, ErrAbsent) {
+		return nil, fmt.Errorf("load genesis: %w", err)
+	}
 	if s.fleet, err = readFleet(s); err != nil {
 		return nil, err
 	}
@@ -125,8 +132,13 @@ func (s *State) Changes(since *State) iter.Seq2[string, []byte] {
 	}
 }
 
-// Genesis is the document that the grid began with.
-func (s *State) Genesis() (*Genesis, error) { return get[Genesis](s, genesisKey) }
+// Genesis is the document that the grid began with. It is not to be changed.
+func (s *State) Genesis() (*Genesis, error) {
+	if s.birth == nil {
+		return nil, fmt.Errorf("genesis: %w", ErrAbsent)
+	}
+	return s.birth, nil
+}
 
 // ErrAbsent is returned for a record that is not there.
 var ErrAbsent = errors.New("not on the ledger")
