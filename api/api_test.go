@@ -332,6 +332,52 @@ func TestDamagedBlobs(t *testing.T) {
 	}
 }
 
+// frayed is a connection that breaks after so many bytes.
+type frayed struct {
+	net.Conn
+	left int
+}
+
+func (f *frayed) Read(p []byte) (int, error) {
+	if f.left <= 0 {
+		f.Close()
+		return 0, errors.New("cable pulled")
+	}
+	n, err := f.Conn.Read(p[:min(len(p), f.left)])
+	f.left -= n
+	return n, err
+}
+
+// A line that breaks says nothing about the blob: it is worth another try, and damage is not.
+func TestABlobOnABrokenLine(t *testing.T) {
+	g := apitest.Start(t, nil)
+	keys := apitest.Key(7)
+	c := g.Client(nil)
+	account := g.Account(c, keys)
+	data := random(500_000)
+	if err := c.PutBlob(g.Context(), digest(data), int64(len(data)), bytes.NewReader(data), account, keys.DeviceKey()); err != nil {
+		t.Fatal(err)
+	}
+	for _, after := range []int{200_000, 10_000_000} { // the second is the control
+		c := g.Client(func(cfg *api.ClientConfig) {
+			cfg.Dial = func(ctx context.Context, v *ledger.Validator) (net.Conn, error) {
+				conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", v.Address)
+				return &frayed{conn, after}, err
+			}
+		})
+		r, _, err := c.OpenBlob(g.Context(), digest(data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = io.ReadAll(r)
+		r.Close()
+		broken := after < len(data)
+		if broken != errors.Is(err, comet.ErrUnavailable) || errors.Is(err, store.ErrDigest) || broken != (err != nil) {
+			t.Errorf("after %d bytes: %v", after, err)
+		}
+	}
+}
+
 func TestHeartbeats(t *testing.T) {
 	g := apitest.Start(t, nil)
 	c, ctx := g.Client(nil), g.Context()
