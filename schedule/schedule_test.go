@@ -90,11 +90,11 @@ func TestPlaceKeepsItsRules(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		var nodes []Node
 		for i := range 1 + r.IntN(8) {
-			nodes = append(nodes, Node{ID: id(byte(i + 1)), Name: string(rune('a' + i)), Farm: string(rune('A' + r.IntN(4))), Up: r.IntN(4) > 0, CPUMilli: int64(r.IntN(8000)), Memory: int64(r.IntN(8)) << 30, Workloads: int64(r.IntN(6))})
+			nodes = append(nodes, Node{ID: id(byte(i + 1)), Name: string(rune('a' + i)), Farm: string(rune('A' + r.IntN(4))), Up: r.IntN(4) > 0, CPUMilli: int64(r.IntN(8000)), Memory: int64(r.IntN(8<<10)) << 20, Workloads: int64(r.IntN(6))})
 		}
 		var work []Workload
 		for i := range r.IntN(20) {
-			w := Workload{ID: id(byte(100 + i)), Service: []string{"x", "y", "z"}[r.IntN(3)], CPUMilli: int64(1 + r.IntN(2000)), Memory: int64(1+r.IntN(2)) << 30}
+			w := Workload{ID: id(byte(100 + i)), Service: []string{"x", "y", "z"}[r.IntN(3)], CPUMilli: int64(1 + r.IntN(2000)), Memory: int64(16+r.IntN(512)) << 20}
 			w.Spread = map[string]string{"x": "farm", "y": "node"}[w.Service]
 			if r.IntN(3) == 0 {
 				w.Current = nodes[r.IntN(len(nodes))].ID
