@@ -52,9 +52,7 @@ func Serve(ctx context.Context, in io.Reader) error {
 		err = fmt.Errorf("volume %s: %w", o.ID, err)
 		return errors.Join(err, writeReport(o.Run, report{PID: os.Getpid(), Error: safe(err), Kind: kindOf(err)}), s.close())
 	}
-	mounted := make(chan struct{})
 	go func() {
-		defer close(mounted)
 		io.Copy(io.Discard, in)
 		s.dev.Close()
 	}()

@@ -1,6 +1,6 @@
 // Package volume is a workload's disk: an ext4 file system in an encrypted image file. The image is shown as a plain disk
-// by a FUSE file system of one file, that file is attached to a loop device, and the device is mounted. All three belong
-// to one server process for each open volume, which outlives whoever asked for it.
+// by a FUSE file system of one file, that file is attached to a loop device, and the Manager mounts the device. The plain
+// disk belongs to one server process for each open volume, which outlives whoever asked for it and never sees the mount.
 //
 // Encryption is AES-256 in XTS mode (IEEE 1619) over sectors of 4096 bytes, the sector's number as tweak, keys by HKDF
 // from the volume's key (format.go, docs/formats/volume.md). It keeps the disk's owner from reading. It does not keep him
@@ -328,22 +328,19 @@ func (m *Manager) sweep(id string) error {
 	return m.clean(id)
 }
 
-// clean removes what a dead server has left: a mount whose disk is gone, and a FUSE mount without a server. The loop
-// device goes with the mount.
+// clean removes what a dead server has left: a mount whose disk is gone. The loop device goes with it, and what the server
+// had mounted itself went with its mount namespace.
 func (m *Manager) clean(id string) error {
 	run := m.run(id)
-	for _, d := range []string{"mnt", "fuse"} {
-		for {
-			err := unix.Unmount(filepath.Join(run, d), unix.MNT_DETACH)
-			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-				break
-			}
-			if err != nil {
-				return fmt.Errorf("unmount: %w", err)
-			}
+	for {
+		err := unix.Unmount(filepath.Join(run, "mnt"), unix.MNT_DETACH)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return os.RemoveAll(run)
+		}
+		if err != nil {
+			return fmt.Errorf("unmount: %w", err)
 		}
 	}
-	return os.RemoveAll(run)
 }
 
 // alive reports whether a volume's server lives. It asks for the lock's holder and never takes the lock, not even for a
