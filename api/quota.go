@@ -154,21 +154,12 @@ func openUsage(home string, blobs store.Blobs, q Quota, grid identity.AccountID)
 		return nil, err
 	}
 	_, werr := f.Write(out)
-	if err := errors.Join(werr, f.Sync(), os.Rename(f.Name(), path), syncDir(home)); err != nil {
+	if err := errors.Join(werr, f.Sync(), os.Rename(f.Name(), path), store.SyncDir(home)); err != nil {
 		f.Close()
 		return nil, err
 	}
 	u.log = f
 	return u, nil
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }
 
 func (u *usage) close() error { return u.log.Close() }

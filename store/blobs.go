@@ -101,7 +101,7 @@ func (s *Dir) Put(ctx context.Context, d Digest, r io.Reader) error {
 	case Digest(h.Sum(nil)) != d:
 		return fmt.Errorf("put %v: %w", d, ErrDigest)
 	}
-	if err := errors.Join(f.Sync(), f.Close(), os.Rename(f.Name(), s.path(d)), syncDir(dir)); err != nil {
+	if err := errors.Join(f.Sync(), f.Close(), os.Rename(f.Name(), s.path(d)), SyncDir(dir)); err != nil {
 		return fmt.Errorf("put %v: %w", d, err)
 	}
 	return nil
@@ -124,7 +124,8 @@ func (s *Dir) Sweep() error {
 	return nil
 }
 
-func syncDir(dir string) error {
+// SyncDir makes the names in a directory durable.
+func SyncDir(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
