@@ -425,18 +425,22 @@ var executors = map[string][]string{
 // executes are the places where the program executes something, and what: holdfast itself or holdfast-runsc. Where it
 // comes from is in origins.
 var executes = map[string]string{
-	"cmd/holdfast/up.go o.Binary":    "self",
-	"internal/box/box.go self[0]":    "self", // box.Plan.Self
-	"internal/box/init.go d.Args[0]": "self", // box.Spec.Args
-	"sandbox/sandbox.go argv[0]":     "self", // sandbox.Config.Self
-	"sandbox/sandbox.go r.cfg.Runsc": "runsc",
-	"sandbox/shim.go s.cfg.Runsc[0]": "runsc", // written by sandbox.go from sandbox.Config.Runsc
-	"volume/volume.go m.cfg.Self[0]": "self",
+	"cmd/holdfast/up.go o.Binary":     "self",
+	"internal/box/box.go self[0]":     "self", // box.Plan.Self
+	"internal/pid1/pid1.go d.Args[0]": "self", // box.Spec.Args, or machine's
+	"internal/vm/qemu.go s.QEMU":      "qemu", // image run alone: a machine for tests
+	"sandbox/sandbox.go argv[0]":      "self", // sandbox.Config.Self
+	"sandbox/sandbox.go r.cfg.Runsc":  "runsc",
+	"sandbox/shim.go s.cfg.Runsc[0]":  "runsc", // written by sandbox.go from sandbox.Config.Runsc
+	"volume/volume.go m.cfg.Self[0]":  "self",
 }
 
 // origins are all values that the fields which name a program get: Self and Binary are holdfast, Runsc is
 // holdfast-runsc, Args of a box.Spec is a daemon inside a box, Binaries what the box sees.
 var origins = map[string]bool{
+	"internal/box/init.go Args = s.Args":                                                   true,
+	"machine/machine.go Args = nodeArgs(o)":                                                true,
+	"cmd/holdfast/image_run.go QEMU = exec.LookPath(f.qemu)":                               true, // --qemu, the user's own word
 	"cmd/holdfast/up.go Binary = os.Executable()":                                          true,
 	"cmd/holdfast/up.go Binary = o.Binary":                                                 true,
 	"cmd/holdfast/up.go Runsc = o.Runsc":                                                   true,
@@ -554,13 +558,13 @@ func provenance(files []*source) (bad []string) {
 			case *ast.AssignStmt:
 				for i, l := range n.Lhs {
 					sel, ok := l.(*ast.SelectorExpr)
-					if !ok || !slices.Contains([]string{"Runsc", "Binary", "Binaries"}, sel.Sel.Name) {
+					if !ok || !slices.Contains([]string{"Runsc", "Binary", "Binaries", "QEMU"}, sel.Sel.Name) {
 						continue
 					}
 					say(n.Pos(), sel.Sel.Name+" = "+f.text(n.Rhs[min(i, len(n.Rhs)-1)]))
 				}
 			case *ast.UnaryExpr:
-				if sel, ok := n.X.(*ast.SelectorExpr); ok && n.Op == token.AND && slices.Contains([]string{"Runsc", "Binary"}, sel.Sel.Name) {
+				if sel, ok := n.X.(*ast.SelectorExpr); ok && n.Op == token.AND && slices.Contains([]string{"Runsc", "Binary", "QEMU"}, sel.Sel.Name) {
 					say(n.Pos(), "&"+sel.Sel.Name)
 				}
 			}
@@ -579,12 +583,12 @@ func provenance(files []*source) (bad []string) {
 // isProgram says whether a field of a composite literal names a program. Self and Args are fields of other types too.
 func isProgram(field, kind, room string) bool {
 	switch field {
-	case "Runsc", "Binary", "Binaries":
+	case "Runsc", "Binary", "Binaries", "QEMU":
 		return true
 	case "Self":
 		return slices.Contains([]string{"box.Plan", "sandbox.Config", "volume.Config", "node.Config", "Plan", "Config"}, kind) && room != "overlay"
 	case "Args":
-		return kind == "box.Spec" || kind == "Spec" && room == "internal/box"
+		return kind == "box.Spec" || kind == "Spec" && room == "internal/box" || kind == "pid1.Daemon"
 	}
 	return false
 }
@@ -604,6 +608,8 @@ func TestNothingElseIsExecuted(t *testing.T) {
 		[3]string{"node/planted.go", "package node\nimport . \"os/exec\"", "a dot import hides"},
 	)
 	holds(t, files, provenance,
+		[3]string{"machine/planted.go", "package machine\nimport \"holdfast/internal/pid1\"\nvar d = pid1.Daemon{Args: []string{\"/bin/sh\"}}", `Args = []string{"/bin/sh"}`},
+		[3]string{"cmd/holdfast/planted.go", "package main\nimport \"holdfast/internal/vm\"\nvar s = vm.Spec{QEMU: \"/bin/sh\"}", `QEMU = "/bin/sh"`},
 		[3]string{"node/planted.go", "package node\nimport \"holdfast/sandbox\"\nvar c = sandbox.Config{Runsc: \"/usr/bin/runc\"}", `Runsc = "/usr/bin/runc"`},
 		[3]string{"node/planted.go", "package node\nimport \"holdfast/volume\"\nvar c = volume.Config{Self: []string{\"/bin/sh\"}}", `Self = []string{"/bin/sh"}`},
 		[3]string{"internal/grid/planted.go", "package grid\nimport \"holdfast/internal/box\"\nvar c = box.Spec{Args: []string{\"/bin/sh\"}}", `Args = []string{"/bin/sh"}`},

@@ -182,7 +182,7 @@ func createImage(path, id string, size int64, key [32]byte) error {
 	if _, err := tmp.WriteAt(h.encode(), 0); err != nil {
 		return err
 	}
-	if err := d.format(); err != nil {
+	if err := Format(d, real); err != nil {
 		return err
 	}
 	dir, err := os.Open(filepath.Dir(path))
@@ -196,9 +196,23 @@ func createImage(path, id string, size int64, key [32]byte) error {
 // making is how the name of an image begins that is not whole yet.
 const making = ".new-"
 
-// format writes the template of the disk's size.
-func (d *disk) format() error {
-	packed, err := templates.Open(fmt.Sprintf("templates/ext4-%d.zst", d.size>>20))
+// Format writes an empty file system, labelled "holdfast", to a disk of size bytes all of which are zero: the largest template
+// that fits, which the kernel can grow once it is mounted. The first block, without which there is no file system, comes
+// last.
+func Format(d interface {
+	io.WriterAt
+	Sync() error
+}, size int64) error {
+	mib := int64(0)
+	for _, m := range sizes() {
+		if m<<20 <= size {
+			mib = m
+		}
+	}
+	if mib == 0 {
+		return fmt.Errorf("%d bytes: a file system has at least %d", size, sizes()[0]<<20)
+	}
+	packed, err := templates.Open(fmt.Sprintf("templates/ext4-%d.zst", mib))
 	if err != nil {
 		return err
 	}
@@ -209,16 +223,27 @@ func (d *disk) format() error {
 	}
 	defer z.Close()
 	rec := make([]byte, 4+Sector)
+	var first []byte
 	for {
 		if _, err := io.ReadFull(z, rec); errors.Is(err, io.EOF) {
-			return nil
+			break
 		} else if err != nil {
 			return fmt.Errorf("template: %w", err)
 		}
-		if _, err := d.WriteAt(rec[4:], int64(binary.LittleEndian.Uint32(rec))*Sector); err != nil {
+		n := int64(binary.LittleEndian.Uint32(rec))
+		if n == 0 {
+			first = bytes.Clone(rec[4:])
+			continue
+		}
+		if _, err := d.WriteAt(rec[4:], n*Sector); err != nil {
 			return err
 		}
 	}
+	if err := d.Sync(); err != nil {
+		return err
+	}
+	_, err = d.WriteAt(first, 0)
+	return err
 }
 
 // zero is what a sector that was never written, or was discarded, holds on disk: a hole. No plaintext encrypts to it but

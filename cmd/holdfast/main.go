@@ -21,6 +21,8 @@ import (
 	"syscall"
 
 	"holdfast/ledger/comet"
+	"holdfast/machine"
+	"holdfast/overlay"
 
 	"github.com/spf13/cobra"
 )
@@ -35,7 +37,14 @@ const (
 	exitInterrupted = 130
 )
 
-func main() { os.Exit(run(os.Args[1:])) }
+func main() {
+	// A kernel starts /init; a box's first process is started as "run init".
+	if os.Getpid() == 1 && os.Args[0] == "/init" {
+		machine.Run(machine.Config{Version: version, Shut: overlay.Firewall{}.Apply})
+		os.Exit(exitFailed) // a kernel panic, which starts the machine again too
+	}
+	os.Exit(run(os.Args[1:]))
+}
 
 func run(args []string) int {
 	// The first signal asks to end, the second one insists.

@@ -58,7 +58,7 @@ func (a *app) upCmd() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.IntVar(&o.Nodes, "nodes", 0, "how many `nodes`; 0 means 3, or what the grid has")
+	f.IntVar(&o.Nodes, "nodes", -1, "how many `nodes`; with 0 all are machines of their own (default 3, or what the grid has)")
 	f.StringVar(&o.Listen, "listen", "", "`address` on this machine that leads to the gateway (default 127.0.0.1:8443, or what the grid has)")
 	f.StringVar(&o.Runsc, "runsc", "", "`path` of holdfast-runsc (default beside holdfast)")
 	f.BoolVar(&detach, "detach", false, "leave the grid running in the background")
@@ -186,7 +186,7 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 	}
 	defer log.Close()
 	args := []string{"up", "--dir", dir, "--runsc", o.Runsc}
-	if o.Nodes > 0 {
+	if o.Nodes >= 0 {
 		args = append(args, "--nodes", fmt.Sprint(o.Nodes))
 	}
 	if o.Listen != "" {

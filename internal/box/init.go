@@ -12,8 +12,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"syscall"
-	"time"
+
+	"holdfast/internal/pid1"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -39,11 +39,11 @@ func Init() error {
 		return fmt.Errorf("init: %w", err)
 	}
 	say.Close()
-	return d.supervise()
+	return d.Run()
 }
 
 // begin does everything up to the daemon's first start.
-func begin(order io.ReadCloser, s *initSpec) (*daemon, error) {
+func begin(order io.ReadCloser, s *initSpec) (*pid1.Daemon, error) {
 	if err := closeInherited(); err != nil {
 		return nil, err
 	}
@@ -51,10 +51,8 @@ func begin(order io.ReadCloser, s *initSpec) (*daemon, error) {
 		return nil, fmt.Errorf("read order: %w", err)
 	}
 	order.Close()
-	d := &daemon{Spec: &s.Spec, wait: firstWait}
-	d.term, d.child = make(chan os.Signal, 8), make(chan os.Signal, 64)
-	signal.Notify(d.term, unix.SIGTERM, unix.SIGINT)
-	signal.Notify(d.child, unix.SIGCHLD)
+	term := make(chan os.Signal, 8)
+	signal.Notify(term, unix.SIGTERM, unix.SIGINT)
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return nil, fmt.Errorf("no core dumps: %w", err)
 	}
@@ -72,7 +70,22 @@ func begin(order io.ReadCloser, s *initSpec) (*daemon, error) {
 			return nil, fmt.Errorf("drop capability %d: %w", c, err)
 		}
 	}
-	return d, d.start()
+	d := &pid1.Daemon{Args: s.Args, Env: append([]string{"PATH=/bin", "HOME=/run"}, s.Env...), Grace: s.Grace, Term: term}
+	if d.Grace <= 0 {
+		d.Grace = defaultGrace
+	}
+	if s.Uplink != nil {
+		d.Check = uplinked
+	}
+	return d, d.Start()
+}
+
+// uplinked says whether the box still has its cable.
+func uplinked() error {
+	if _, err := netlink.LinkByName("eth0"); errors.As(err, &netlink.LinkNotFoundError{}) {
+		return errors.New("init: eth0 is gone: the grid's internet has ended")
+	}
+	return nil
 }
 
 // dropped are capabilities that reach the host past the box's namespaces and that no machine's daemon needs: device nodes
@@ -101,106 +114,6 @@ func closeInherited() error {
 		}
 	}
 	return nil
-}
-
-// Pauses before a daemon that died starts again, and how long it must live for the next pause to be the first again.
-const (
-	firstWait = 100 * time.Millisecond
-	lastWait  = 5 * time.Second
-	stable    = 10 * time.Second
-)
-
-// daemon is what runs in a box.
-type daemon struct {
-	*Spec
-	term, child chan os.Signal
-	pid         int // 0 while it does not run
-	began       time.Time
-	wait        time.Duration
-}
-
-func (d *daemon) start() error {
-	if len(d.Args) == 0 {
-		return nil
-	}
-	pid, err := syscall.ForkExec(d.Args[0], d.Args, &syscall.ProcAttr{
-		Dir: "/", Env: append([]string{"PATH=/bin", "HOME=/run"}, d.Env...), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
-	if err != nil {
-		return fmt.Errorf("start %s: %w", d.Args[0], err)
-	}
-	d.pid, d.began = pid, time.Now()
-	return nil
-}
-
-// reap collects what has ended, and says whether the daemon is among it.
-func (d *daemon) reap() (ended bool) {
-	for {
-		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if pid <= 0 || err != nil {
-			return ended
-		}
-		if pid != d.pid {
-			continue
-		}
-		d.pid, ended = 0, true
-		how := fmt.Sprintf("with exit code %d", ws.ExitStatus())
-		if ws.Signaled() {
-			how = fmt.Sprintf("by signal %d", ws.Signal())
-		}
-		fmt.Fprintf(os.Stderr, "init: the daemon ended %s\n", how)
-	}
-}
-
-// supervise starts the daemon again when it dies, and reaps everything, until the box is to end.
-func (d *daemon) supervise() error {
-	if d.Grace <= 0 {
-		d.Grace = defaultGrace
-	}
-	var restart, deadline <-chan time.Time
-	ending := false
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-d.term:
-			if ending || d.pid == 0 {
-				return nil
-			}
-			ending, deadline = true, time.After(d.Grace)
-			unix.Kill(d.pid, unix.SIGTERM)
-		case <-deadline:
-			return nil
-		case <-restart:
-			restart = nil
-			if err := d.start(); err != nil {
-				fmt.Fprintf(os.Stderr, "init: %v\n", err)
-				restart = time.After(lastWait)
-			}
-		case <-d.child:
-		case <-tick.C:
-			if d.Uplink != nil {
-				if _, err := netlink.LinkByName("eth0"); errors.As(err, &netlink.LinkNotFoundError{}) {
-					return errors.New("init: eth0 is gone: the grid's internet has ended")
-				}
-			}
-		}
-		if !d.reap() {
-			continue
-		}
-		if ending {
-			return nil
-		}
-		if time.Since(d.began) > stable {
-			d.wait = firstWait
-		}
-		restart = time.After(d.wait)
-		d.wait = min(2*d.wait, lastWait)
-	}
 }
 
 // buildRoot makes the box's root file system and moves into it. After this nothing of the host can be named.

@@ -14,6 +14,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"holdfast/internal/pid1"
 )
 
 // Wanted is what somebody asks of a box. The zero value is a box that runs.
@@ -204,10 +206,10 @@ func (p *pace) next(now time.Time) bool {
 	if now.Before(p.last.Add(p.wait)) {
 		return false
 	}
-	if p.last.IsZero() || now.Sub(p.last) > stable+p.wait {
+	if p.last.IsZero() || now.Sub(p.last) > pid1.Stable+p.wait {
 		p.wait = 0
 	} else {
-		p.wait = min(max(2*p.wait, firstWait), lastWait)
+		p.wait = min(max(2*p.wait, pid1.FirstWait), pid1.LastWait)
 	}
 	p.last = now
 	return true
