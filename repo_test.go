@@ -447,6 +447,7 @@ var origins = map[string]bool{
 	"cmd/holdfast/up.go Runsc = filepath.Abs(o.Runsc)":                                     true,
 	"cmd/holdfast/up.go Runsc = filepath.Join(filepath.Dir(o.Binary), \"holdfast-runsc\")": true,
 	"cmd/holdfast/up.go &Runsc":                                                            true, // --runsc, the user's own word
+	"cmd/holdfast/image.go Runsc = runsc":                                                  true, // put into an image, not executed
 	"cmd/holdfast/run.go &Runsc":                                                           true, // --runsc of a daemon
 	"cmd/holdfast/run.go Runsc = c.Runsc":                                                  true,
 	"cmd/holdfast/run.go Self = self":                                                      true, // os.Executable, checked below

@@ -128,7 +128,7 @@ func newRoot(a *app) *cobra.Command {
 	for id, cmds := range map[string][]*cobra.Command{
 		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.caCmd()},
 		groupLook: {a.statusCmd(), a.nodeCmd(), a.ledgerCmd()},
-		groupGrid: {a.upCmd(), a.downCmd(), a.doctorCmd(), a.labCmd(), a.runCmd()},
+		groupGrid: {a.upCmd(), a.downCmd(), a.doctorCmd(), a.labCmd(), a.imageCmd(), a.runCmd()},
 	} {
 		for _, c := range cmds {
 			c.GroupID = id
