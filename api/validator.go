@@ -8,6 +8,9 @@
 //	GET  /v1/reports        the latest heartbeat of every node, as it was signed: CBOR array of byte strings
 //	HEAD,GET /v1/blob/HEX   a sealed blob, by SHA-256
 //	PUT  /v1/blob/HEX       stores one; signed by a device of an account (package access)
+//	GET  /v1/genesis        the genesis document, whose digest is the grid's ID
+//	POST /v1/node/pending   a machine asks to be admitted (ledger.NodeAdmit), signed by the key that it would have as a node
+//	GET  /v1/node/pending   who asks: CBOR array of byte strings
 package api
 
 import (
@@ -54,12 +57,14 @@ type ValidatorConfig struct {
 
 // Validator takes part in consensus and serves the API.
 type Validator struct {
-	cfg   ValidatorConfig
-	pin   comet.Pin
-	ears  *ledger.Ears
-	comet *comet.Validator
-	used  *usage // of the store, while it runs
-	log   *slog.Logger
+	cfg     ValidatorConfig
+	genesis []byte // encoded
+	pin     comet.Pin
+	ears    *ledger.Ears
+	comet   *comet.Validator
+	used    *usage // of the store, while it runs
+	pending pending
+	log     *slog.Logger
 
 	repair sync.Mutex
 
@@ -75,7 +80,7 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 	if cfg.Idle <= 0 {
 		cfg.Idle = 30 * time.Second
 	}
-	v := &Validator{cfg: cfg, log: cfg.Log, damaged: map[store.Digest]bool{}}
+	v := &Validator{cfg: cfg, genesis: cfg.Genesis.Encode(), log: cfg.Log, damaged: map[store.Digest]bool{}}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -112,6 +117,9 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 			"GET /v1/reports":       http.HandlerFunc(v.reports),
 			"GET /v1/blob/{digest}": http.HandlerFunc(v.getBlob), // and HEAD
 			"PUT /v1/blob/{digest}": http.HandlerFunc(v.putBlob),
+			"GET /v1/genesis":       http.HandlerFunc(v.serveGenesis),
+			"POST /v1/node/pending": http.HandlerFunc(v.announce),
+			"GET /v1/node/pending":  http.HandlerFunc(v.listPending),
 		},
 		Known: v.known,
 		Log:   v.log,
@@ -268,21 +276,30 @@ func (v *Validator) hold(w http.ResponseWriter, r *http.Request, n int) (release
 	return release, err == nil
 }
 
-func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
-	size := int64(ledger.MaxHeartbeat)
+// small reads a body of at most limit bytes, for which memory is held until release.
+func (v *Validator) small(w http.ResponseWriter, r *http.Request, limit int64) (raw []byte, release func(), ok bool) {
+	size := limit
 	if r.ContentLength >= 0 {
 		size = min(size, r.ContentLength)
 	}
-	release, ok := v.hold(w, r, int(size))
+	if release, ok = v.hold(w, r, int(size)); !ok {
+		return nil, nil, false
+	}
+	raw, err := io.ReadAll(http.MaxBytesReader(w, v.body(w, r), limit))
+	if err != nil {
+		release()
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return nil, nil, false
+	}
+	return raw, release, true
+}
+
+func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
+	raw, release, ok := v.small(w, r, ledger.MaxHeartbeat)
 	if !ok {
 		return
 	}
 	defer release()
-	raw, err := io.ReadAll(http.MaxBytesReader(w, v.body(w, r), ledger.MaxHeartbeat))
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
 	s := v.state()
 	if s == nil {
 		http.Error(w, "the ledger is not ready", http.StatusServiceUnavailable)
@@ -296,7 +313,11 @@ func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
 }
 
 func (v *Validator) reports(w http.ResponseWriter, r *http.Request) {
-	all := v.ears.Reports()
+	v.sendAll(w, r, v.ears.Reports())
+}
+
+// sendAll answers with a CBOR array of byte strings, which others may be reading too.
+func (v *Validator) sendAll(w http.ResponseWriter, r *http.Request, all [][]byte) {
 	// Piece by piece: nothing is copied for the one who asks.
 	parts, size := []io.Reader{bytes.NewReader(cborHead(0x80, len(all)))}, 0
 	for _, raw := range all {

@@ -291,10 +291,7 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	if err := who.allowed(f.Owner, identity.ActAdmitNode); err != nil {
 		return err
 	}
-	if err := validName(p.Name); err != nil {
-		return err
-	}
-	if err := validEndpoints(p.Endpoints); err != nil {
+	if err := p.valid(); err != nil {
 		return err
 	}
 	id := p.Key.Node()

@@ -39,8 +39,11 @@ const MaxGenesis = 1 << 20
 func (g *Genesis) Encode() []byte { return canonical.Encode(g) }
 
 // GridID identifies the grid.
-func (g *Genesis) GridID() identity.GridID {
-	return identity.GridID(canonical.Digest("holdfast/genesis/v1", g.Encode()))
+func (g *Genesis) GridID() identity.GridID { return GenesisDigest(g.Encode()) }
+
+// GenesisDigest is the GridID of an encoded genesis: whoever has the ID need not read a document that is another's.
+func GenesisDigest(b []byte) identity.GridID {
+	return identity.GridID(canonical.Digest("holdfast/genesis/v1", b))
 }
 
 // GridAccount is the account that admits farms and gateways.

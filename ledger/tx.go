@@ -141,6 +141,39 @@ type NodeAdmit struct {
 	Proof     identity.Signature  `cbor:"11,keyasint"` // by Key over ProofBytes: the node agrees to be of that farm
 }
 
+// MaxNodeAdmit bounds an encoded NodeAdmit that is not in a transaction: keys, proof, eight endpoints.
+const MaxNodeAdmit = 16 << 10
+
+// Encode is the form in which a machine asks to be admitted.
+func (n *NodeAdmit) Encode() []byte { return canonical.Encode(n) }
+
+// DecodeNodeAdmit reads what a machine asks; nothing of it is checked yet.
+func DecodeNodeAdmit(b []byte) (*NodeAdmit, error) {
+	var n NodeAdmit
+	if err := canonical.Decode(b, MaxNodeAdmit, &n); err != nil {
+		return nil, fmt.Errorf("node.admit: %w", err)
+	}
+	return &n, nil
+}
+
+// Check checks what needs no state: name, endpoints, and the proof that the node agrees.
+func (n *NodeAdmit) Check(grid identity.GridID) error {
+	if err := n.valid(); err != nil {
+		return err
+	}
+	if err := n.Key.Verify(NodeAdmitPurpose, n.ProofBytes(grid), &n.Proof); err != nil {
+		return fmt.Errorf("proof of %v: %w", n.Key.Node(), err)
+	}
+	return nil
+}
+
+func (n *NodeAdmit) valid() error {
+	if err := validName(n.Name); err != nil {
+		return err
+	}
+	return validEndpoints(n.Endpoints)
+}
+
 // ProofBytes is what the node signs to be admitted.
 func (n *NodeAdmit) ProofBytes(grid identity.GridID) []byte {
 	bare := *n
