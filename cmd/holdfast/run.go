@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -14,11 +15,13 @@ import (
 
 	"holdfast/api"
 	"holdfast/gateway"
+	"holdfast/identity"
 	"holdfast/internal/box"
 	"holdfast/internal/grid"
 	"holdfast/ledger"
 	"holdfast/ledger/comet"
 	"holdfast/node"
+	"holdfast/overlay"
 	"holdfast/reconcile"
 	"holdfast/sandbox"
 	"holdfast/store"
@@ -98,6 +101,9 @@ func (a *app) runCmd() *cobra.Command {
 				{"name", nameUsage, &c.Name, true}, {"genesis", genesisUsage, &c.Genesis, false}, {"data", "`directory` on disk: sealed blobs and encrypted volumes", &c.Data, false},
 				{"run", "`directory` on tmpfs: all that must not reach a disk", &c.Run, false}, {"key", "`file` with the node's key, made when there is none", &c.Key, false},
 				{"runsc", "`path` of holdfast-runsc", &c.Runsc, false}, {"cgroup", "parent `group` of the workloads' cgroups", &c.Cgroup, false},
+				{"grid", "`ID` of the grid that the genesis must be of", &c.Grid, true},
+				{"from", "`addresses` (host:port,…) of validators or gateways that have the genesis, when the file is not there", &c.From, true},
+				{"farm", "`ID` of the farm that this machine asks to be admitted to", &c.Farm, true},
 			}
 		}, runNode),
 		daemon("gateway", "Serve the public end: pass connections on to nodes that dialled out", func(c *grid.GatewayConfig) []setting {
@@ -218,7 +224,7 @@ func ended(ctx context.Context, err error) error {
 }
 
 func runNode(ctx context.Context, c *grid.NodeConfig) error {
-	g, err := readGenesis(c.Genesis)
+	o, err := readOrigin(c)
 	if err != nil {
 		return err
 	}
@@ -230,6 +236,14 @@ func runNode(ctx context.Context, c *grid.NodeConfig) error {
 	if err != nil {
 		return err
 	}
+	// A machine that waits for the network, or to be approved, is as shut as one that runs. Nothing is dialled before.
+	if err := (overlay.Firewall{Log: logger()}).Apply(); err != nil {
+		return err
+	}
+	g, err := o.fetch(ctx, c.Genesis)
+	if err != nil {
+		return ended(ctx, err)
+	}
 	client, err := api.NewClient(api.ClientConfig{Genesis: g, Certificate: &keys.TLS, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
 	if err != nil {
 		return err
@@ -239,11 +253,96 @@ func runNode(ctx context.Context, c *grid.NodeConfig) error {
 	if err != nil {
 		return err
 	}
-	if err := a.Run(ctx); err != nil {
+	if c.Farm != "" {
+		err = node.Join(ctx, node.JoinConfig{Client: client, Keys: keys, Farm: o.farm, Name: c.Name, Log: logger()})
+	}
+	if err == nil {
+		err = a.Run(ctx)
+	}
+	if err := ended(ctx, err); err != nil {
 		return err
 	}
 	// Asked to end: the machine goes down. (An agent that is replaced is killed; what it started goes on.)
 	stop, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	return a.Stop(stop)
+}
+
+// origin is what a machine knows of its grid.
+type origin struct {
+	genesis *ledger.Genesis // nil: it is not here yet
+	grid    identity.GridID
+	from    []string
+	farm    identity.FarmID
+}
+
+// readOrigin reads what is here, and dials nothing.
+func readOrigin(c *grid.NodeConfig) (o origin, err error) {
+	if c.Grid != "" {
+		if err := o.grid.UnmarshalText([]byte(c.Grid)); err != nil {
+			return o, fmt.Errorf("--grid: %w", err)
+		}
+	}
+	if c.Farm != "" {
+		if err := o.farm.UnmarshalText([]byte(c.Farm)); err != nil {
+			return o, fmt.Errorf("--farm: %w", err)
+		}
+	}
+	for _, a := range strings.FieldsFunc(c.From, func(r rune) bool { return r == ',' }) {
+		if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
+			return o, fmt.Errorf("--from: %q is not host:port", a)
+		}
+		o.from = append(o.from, a)
+	}
+	o.genesis, err = readGenesis(c.Genesis)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && c.Grid != "" && len(o.from) > 0:
+		return o, nil
+	case err != nil:
+		return o, err
+	case c.Grid != "" && o.genesis.GridID() != o.grid:
+		return o, fmt.Errorf("%s is the genesis of %v, and this machine is to be of %v: remove the file, or mend --grid", c.Genesis, o.genesis.GridID(), o.grid)
+	}
+	return o, nil
+}
+
+// fetch gets the genesis if it is not here, however long that takes: the network may come later. The file is whole, and
+// that of the grid, or not there.
+func (o origin) fetch(ctx context.Context, path string) (*ledger.Genesis, error) {
+	if o.genesis != nil {
+		return o.genesis, nil
+	}
+	var last string
+	for wait := 250 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+		g, err := api.FetchGenesis(ctx, o.grid, o.from)
+		if err == nil {
+			logger().Info("the grid's genesis is here", "grid", o.grid, "name", g.Name)
+			return g, writeGenesis(path, g)
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err.Error() != last {
+			last = err.Error()
+			logger().Warn("the grid's genesis is not here yet", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+func writeGenesis(path string, g *ledger.Genesis) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".genesis-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(g.Encode())
+	if err := errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close()); err != nil {
+		return fmt.Errorf("write genesis %s: %w", path, err)
+	}
+	return errors.Join(os.Rename(tmp.Name(), path), store.SyncDir(filepath.Dir(path)))
 }

@@ -53,7 +53,7 @@ const (
 // Options of a grid.
 type Options struct {
 	Dir    string
-	Nodes  int    // 0 means 3, or what the directory has
+	Nodes  int    // negative means 3, or what the directory has; with 0 all nodes are machines of their own
 	Listen string // address on the host that leads to the gateway; "" means 127.0.0.1:8443
 	Binary string // path of holdfast
 	Runsc  string // path of holdfast-runsc
@@ -94,6 +94,10 @@ type NodeConfig struct {
 	Key     string `json:"key"`
 	Runsc   string `json:"runsc"`
 	Cgroup  string `json:"cgroup"`
+
+	Grid string `json:"grid,omitempty"` // ID of the grid that Genesis must be of
+	From string `json:"from,omitempty"` // host:port,…: where to get Genesis when it is not there
+	Farm string `json:"farm,omitempty"` // ID of the farm that the machine asks to be admitted to
 }
 
 // GatewayConfig configures "holdfast run gateway".
@@ -126,11 +130,14 @@ func Layout(o Options) (*Grid, error) {
 			return nil, err
 		}
 	}
-	if g.Nodes == 0 {
-		g.Nodes = max(g.existing(), 3)
+	if g.Nodes < 0 {
+		g.Nodes = 3
+		if _, err := os.Stat(filepath.Join(g.Dir, "genesis")); err == nil {
+			g.Nodes = g.existing()
+		}
 	}
-	if g.Nodes < 1 || g.Nodes > 30 {
-		return nil, fmt.Errorf("%d nodes: 1 to 30 fit on one machine", g.Nodes)
+	if g.Nodes > 30 {
+		return nil, fmt.Errorf("%d nodes: up to 30 fit on one machine", g.Nodes)
 	}
 	if err := g.genesis(); err != nil {
 		return nil, fmt.Errorf("lay out %s: %w", o.Dir, err)
@@ -374,7 +381,7 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 	}
 	ids := make([]identity.FarmID, Farms)
 	for f := range Farms {
-		name := fmt.Sprintf("farm-%d", f+1)
+		name := farmName(f)
 		if i := slices.IndexFunc(farms, func(x *ledger.Farm) bool { return x.Name == name }); i >= 0 {
 			ids[f] = farms[i].ID
 			continue
@@ -531,3 +538,15 @@ func Lab(ctx context.Context, dir, name string, want box.Wanted) error {
 	}
 	return box.Await(ctx, dir, name, want)
 }
+
+// Segment is where a farm of a grid on one machine is.
+func Segment(farm string) (int, error) {
+	for f := range Farms {
+		if farm == farmName(f) {
+			return f + 1, nil
+		}
+	}
+	return 0, fmt.Errorf("farm %q is not on this machine", farm)
+}
+
+func farmName(i int) string { return fmt.Sprintf("farm-%d", i+1) }
