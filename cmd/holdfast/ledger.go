@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"strings"
 	"time"
 
 	"holdfast/contract"
@@ -11,45 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 )
-
-func (a *app) nodeCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "node", Short: "Look at nodes"})
-	cmd.AddCommand(&cobra.Command{
-		Use: "list", Short: "List the grid's nodes", Args: asUsed, Example: "  holdfast node list\n  holdfast node list --json",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, _, err := a.connect()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			nodes, err := c.Nodes(cmd.Context())
-			if err != nil {
-				return err
-			}
-			w := cmd.OutOrStdout()
-			if a.json {
-				if nodes == nil {
-					nodes = []*ledger.Node{}
-				}
-				return printJSON(w, nodes)
-			}
-			rows := [][]string{{"NAME", "FARM", "STATE", "CORES", "MEMORY", "ENDPOINT", "ID"}}
-			for _, n := range nodes {
-				rows = append(rows, []string{n.Name, n.FarmName, stateColour(w, upDown(n.Up)), fmt.Sprintf("%.1f", float64(n.CPUMilli)/1000), mib(int64(n.Memory)), strings.Join(n.Endpoints, " "), n.ID.String()})
-			}
-			table(w, rows...)
-			return nil
-		},
-	})
-	return cmd
-}
-
-func upDown(up bool) string {
-	if up {
-		return "up"
-	}
-	return "down"
-}
 
 const oneValidator = "one validator: its operator could rewrite history"
 

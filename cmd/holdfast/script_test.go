@@ -23,6 +23,7 @@ import (
 	"holdfast/internal/grid"
 	"holdfast/internal/testimage"
 	"holdfast/ledger"
+	"holdfast/node"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -45,6 +46,7 @@ func TestMain(m *testing.M) {
 //	until PATTERN PROGRAM ARGS…  a program whose output comes to match within half a minute
 //	grid [DIR]                 a ledger that answers, with an account, as up leaves it in DIR (default $HOLDFAST_DIR)
 //	node NAME [REASON]         a node of that grid, which says of all that it is given that it runs, or why it fails
+//	machine VAR NAME OWNER     a machine that asks to become a node of a farm of the grid, the user or another; $VAR is its ID
 //	image DIR                  an OCI layout
 //	gateway ADDR               leads the user to another gateway
 //	seal-key PASSPHRASE        seals the user's key
@@ -66,7 +68,7 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", c)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "image": writeImage, "gateway": otherGateway, "seal-key": sealKey,
+			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "gateway": otherGateway, "seal-key": sealKey,
 		},
 	})
 }
@@ -106,6 +108,7 @@ type theGrid struct {
 	client  *api.Client
 	account identity.AccountID
 	nodes   byte
+	farms   map[string]identity.FarmID // of machines, by owner
 }
 
 func startGrid(ts *testscript.TestScript, _ bool, args []string) {
@@ -114,7 +117,7 @@ func startGrid(ts *testscript.TestScript, _ bool, args []string) {
 		dir = ts.MkAbs(args[0])
 	}
 	t := ts.Value("t").(testing.TB)
-	g := &theGrid{Grid: apitest.Start(t, nil)}
+	g := &theGrid{Grid: apitest.Start(t, nil), farms: map[string]identity.FarmID{}}
 	g.client = g.Client(nil)
 	keys := apitest.Key(7)
 	g.account = g.Account(g.client, keys)
@@ -122,6 +125,7 @@ func startGrid(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.WriteFile(filepath.Join(dir, "genesis"), g.Genesis.Encode(), 0o600))
 	writeClient(ts, dir, grid.Client{Gateway: g.Addr(), Account: g.account})
 	ts.Check(identity.WriteKeyFile(filepath.Join(dir, "user.key"), keys, ""))
+	ts.Check(identity.WriteKeyFile(filepath.Join(dir, "grid.key"), g.Admin, ""))
 	ts.Setenv("GATEWAY", g.Addr())
 	grids.Store(t, g)
 	t.Cleanup(func() { grids.Delete(t) })
@@ -161,6 +165,31 @@ func startNode(ts *testscript.TestScript, _ bool, args []string) {
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 	g.Up(g.client, n)
+}
+
+func startMachine(ts *testscript.TestScript, _ bool, args []string) {
+	found, _ := grids.Load(ts.Value("t"))
+	g := found.(*theGrid)
+	owner := g.Genesis.GridAccount()
+	switch args[2] {
+	case "user":
+		owner = g.account
+	case "other":
+		owner = g.Account(g.client, apitest.Key(99))
+	}
+	if _, ok := g.farms[args[2]]; !ok {
+		tx, err := g.client.Act(g.Context(), ledger.KindFarmAdmit, ledger.Actor{ID: g.Genesis.GridAccount()}, &ledger.FarmAdmit{Name: "farm-of-" + args[2], Owner: owner}, g.Admin.DeviceKey())
+		ts.Check(err)
+		g.farms[args[2]] = identity.FarmID(tx.ID())
+	}
+	g.nodes++
+	keys, err := node.DeriveKeys([identity.SeedSize]byte{g.nodes})
+	ts.Check(err)
+	a, err := keys.Admission(g.client.Grid(), g.farms[args[2]], args[1], []string{"2001:db8::9", "fe80::1%\x1b[2J"}, 2000, 4<<30)
+	ts.Check(err)
+	ts.Check(g.client.Announce(g.Context(), a))
+	ts.Setenv(args[0], keys.ID.String())
+	ts.Setenv(args[0]+"_short", keys.ID.Short())
 }
 
 // speak is a node that does nothing but talk.
