@@ -161,7 +161,7 @@ func (c *Contents) add(h header, body io.Reader, seen map[string]bool) error {
 
 var (
 	library = regexp.MustCompile(`^(ld-.*|ld\.so.*|.*\.so(\.[0-9.]+)?)$`)
-	shell   = regexp.MustCompile(`^(r?bash|d?ash|[akmpz]?sh|m?ksh(93)?|r?zsh|t?csh|fish|hush|yash|rc|busybox.*|toybox.*|sash|nsh|elvish|xonsh|pwsh)([-.0-9].*)?$`)
+	shell   = regexp.MustCompile(`^(r?bash|d?ash|[akmpz]?sh|m?ksh(93)?|r?zsh|t?csh|fish|hush|yash|busybox.*|toybox.*|sash|nsh|elvish|xonsh|pwsh)([-.0-9].*)?$`)
 	// Interpreters of languages, and other programs that run what they are told.
 	language = regexp.MustCompile(`^(python.*|pypy.*|perl.*|lua.*|ruby.*|irb.*|node(js)?|deno|bun|php.*|tclsh.*|wish.*|expect|guile.*|[gmn]?awk|sed|bc|dc|ed|vi|vim.*|java|gdb.*|strace)$`)
 	entrance = regexp.MustCompile(`^(sshd.*|dropbear.*|telnetd|in\.telnetd|rlogind|rshd|ftpd|[am]?getty|getty.*|login|sulogin|su|sudo|doas|socat|nc|ncat|netcat.*)$`)

@@ -134,7 +134,7 @@ type header struct {
 // Limits of an archive that is read.
 const (
 	maxEntries  = 1 << 14
-	maxUnpacked = 1 << 30
+	maxUnpacked = 1 << 30  // bytes, before and after decompression
 	maxWindow   = 32 << 20 // of zstd
 )
 
@@ -143,7 +143,7 @@ const (
 // does.
 func walk(r io.Reader, f func(header, io.Reader) error) error {
 	w := &walker{f: f, left: maxUnpacked}
-	in := bufio.NewReaderSize(r, 1<<16)
+	in := w.bounded(r)
 	for n := 0; ; n++ {
 		b, err := pastZeros(in)
 		if err == io.EOF {
@@ -174,25 +174,46 @@ func walk(r io.Reader, f func(header, io.Reader) error) error {
 // pastZeros skips zeros and shows what follows, at most 4 bytes.
 func pastZeros(in *bufio.Reader) ([]byte, error) {
 	for {
-		b, err := in.Peek(1)
-		if err != nil {
+		if _, err := in.Peek(1); err != nil {
 			return nil, err
 		}
-		if b[0] != 0 {
-			b, err = in.Peek(4)
-			if err == io.EOF {
-				err = nil
-			}
-			return b, err
+		b, _ := in.Peek(in.Buffered())
+		n := len(b) - len(bytes.TrimLeft(b, "\x00"))
+		in.Discard(n)
+		if n == len(b) {
+			continue
 		}
-		in.Discard(1)
+		b, err := in.Peek(4)
+		if err == io.EOF {
+			err = nil
+		}
+		return b, err
 	}
 }
 
 type walker struct {
 	f       func(header, io.Reader) error
 	entries int
-	left    int64
+	left    int64 // of what may be read, before and after decompression
+}
+
+var errTooMuch = fmt.Errorf("it has more than %d entries or %d bytes", maxEntries, maxUnpacked)
+
+func (w *walker) bounded(r io.Reader) *bufio.Reader {
+	return bufio.NewReaderSize(&bounded{r, &w.left}, 1<<16)
+}
+
+type bounded struct {
+	r    io.Reader
+	left *int64
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if *b.left -= int64(n); *b.left < 0 {
+		return 0, errTooMuch
+	}
+	return n, err
 }
 
 func (w *walker) gzip(in *bufio.Reader) error {
@@ -220,7 +241,7 @@ func (w *walker) zstd(in *bufio.Reader) error {
 
 // unpacked walks the archives in a compressed stream to its end.
 func (w *walker) unpacked(r io.Reader) error {
-	in := bufio.NewReaderSize(r, 1<<16)
+	in := w.bounded(r)
 	for {
 		b, err := pastZeros(in)
 		if err == io.EOF {
@@ -251,10 +272,8 @@ func (w *walker) archive(in *bufio.Reader) error {
 			}
 			return nil
 		}
-		w.entries++
-		w.left -= h.size
-		if w.entries > maxEntries || w.left < 0 {
-			return fmt.Errorf("more than %d entries or %d bytes", maxEntries, maxUnpacked)
+		if w.entries++; w.entries > maxEntries || h.size > maxUnpacked {
+			return errTooMuch
 		}
 		body := &io.LimitedReader{R: in, N: h.size}
 		if err := w.f(h, body); err != nil {
