@@ -172,8 +172,8 @@ func TestInABox(t *testing.T) {
 	cmd.Process.Kill()
 	cmd.Wait()
 	l.until("the end of all in the box", func() bool { return inside() == 0 })
-	removeCgroups(in.Cgroup + "/w")
-	removeCgroups(in.Cgroup)
+	machine.remove(in.Cgroup + "/w")
+	machine.remove(in.Cgroup)
 	if left, _ := filepath.Glob("/sys/fs/cgroup/*" + in.Cgroup); len(left) > 0 {
 		t.Errorf("left %v", left)
 	}

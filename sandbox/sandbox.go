@@ -284,7 +284,7 @@ func (r *Runner) create(b string, s *Spec) error {
 	shim.Grace = min(shim.Grace, MaxGrace)
 	if r.cfg.Cgroup != "" {
 		shim.Cgroup = filepath.Join(r.cfg.Cgroup, s.ID)
-		if err := makeMemoryGroup(shim.Cgroup, s.MemoryBytes); err != nil {
+		if err := machine.make(shim.Cgroup, oci.Linux.Resources); err != nil {
 			return err
 		}
 	}
@@ -480,7 +480,7 @@ func (r *Runner) clean(ctx context.Context, id string) error {
 		}
 	}
 	if r.cfg.Cgroup != "" {
-		removeCgroups(filepath.Join(r.cfg.Cgroup, id))
+		machine.remove(filepath.Join(r.cfg.Cgroup, id))
 	}
 	for {
 		err := unix.Unmount(filepath.Join(b, "rootfs"), unix.MNT_DETACH)
@@ -859,55 +859,3 @@ func writeJSON(path string, v any) error {
 	return os.Rename(tmp, path)
 }
 
-// cgroupRoots are the roots of the machine's hierarchies: one for each controller in version 1, one in all in version 2.
-func cgroupRoots() []string {
-	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
-		return []string{"/sys/fs/cgroup"}
-	}
-	var out []string
-	for _, c := range []string{"cpu", "cpuacct", "cpuset", "memory", "pids", "devices", "freezer", "blkio", "systemd"} {
-		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", c, "cgroup.procs")); err == nil {
-			out = append(out, filepath.Join("/sys/fs/cgroup", c))
-		}
-	}
-	return out
-}
-
-// makeMemoryGroup makes and limits the group that holds a sandbox's memory before runsc does: what runsc finds it
-// neither changes nor removes, so that the counters can still be read when the sandbox has gone. With version 1 the other
-// controllers are runsc's.
-func makeMemoryGroup(group string, limit int64) error {
-	dir, file := filepath.Join("/sys/fs/cgroup/memory", group), "memory.limit_in_bytes"
-	if len(cgroupRoots()) == 1 {
-		return nil // version 2 has one group for all: it stays runsc's, and the exit code has to do
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("cgroup: %w", err)
-	}
-	if limit <= 0 {
-		return nil
-	}
-	if err := os.WriteFile(filepath.Join(dir, file), strconv.AppendInt(nil, limit, 10), 0o644); err != nil {
-		return fmt.Errorf("cgroup: memory limit: %w", err)
-	}
-	return nil
-}
-
-// removeCgroups removes a sandbox's groups, and kills what is still in them: nothing is to outlive its sandbox.
-func removeCgroups(group string) {
-	for _, r := range cgroupRoots() {
-		dir := filepath.Join(r, group)
-		for range 100 {
-			if err := os.Remove(dir); err == nil || !errors.Is(err, unix.EBUSY) {
-				break
-			}
-			procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-			for p := range strings.FieldsSeq(string(procs)) {
-				if pid, err := strconv.Atoi(p); err == nil && pid > 1 {
-					unix.Kill(pid, unix.SIGKILL)
-				}
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-	}
-}

@@ -103,7 +103,7 @@ func newLab(t testing.TB) *lab {
 			}
 		}
 		unix.Unmount(dir, unix.MNT_DETACH)
-		removeCgroups(group)
+		machine.remove(group)
 	})
 	if l.blobs, err = server(); err != nil {
 		t.Fatal(err)

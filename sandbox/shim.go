@@ -283,7 +283,7 @@ func (s *shim) finish(err error, reason string) error {
 	} else if err != nil {
 		code, reason = -1, err.Error()
 	}
-	s.st.OOM = s.outOfMemory()
+	s.st.OOM = s.cfg.Cgroup != "" && machine.outOfMemory(s.cfg.Cgroup)
 	// runsc deletes in the end what it has run, unless it was killed or could not.
 	if _, err := os.Stat(s.state()); err == nil {
 		s.command(20*time.Second, "delete", "--force", s.cfg.ID)
@@ -318,25 +318,6 @@ func (s *shim) complaint() string {
 func (s *shim) end(code int, reason string) error {
 	s.st.State, s.st.ExitCode, s.st.Reason, s.st.Finished = Exited, code, reason, time.Now()
 	return s.save()
-}
-
-// outOfMemory asks the cgroup whether the kernel killed for want of memory.
-func (s *shim) outOfMemory() bool {
-	if s.cfg.Cgroup == "" {
-		return false
-	}
-	for _, f := range []string{"/sys/fs/cgroup/memory" + s.cfg.Cgroup + "/memory.oom_control", "/sys/fs/cgroup" + s.cfg.Cgroup + "/memory.events"} {
-		b, err := os.ReadFile(f)
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(b)) {
-			if n, ok := strings.CutPrefix(strings.TrimSpace(line), "oom_kill "); ok && n != "0" {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // logFile is the bounded log of one sandbox.

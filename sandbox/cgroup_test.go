@@ -1,0 +1,48 @@
+package sandbox
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestGroupsOfVersion2 sees what is written; that the kernel takes it is internal/lab.TestBootedNode's to see, since a
+// machine with version 1 has no controllers left for version 2.
+func TestGroupsOfVersion2(t *testing.T) {
+	root := t.TempDir()
+	c := cgroups(root)
+	if c.v2() {
+		t.Fatal("an empty directory is version 2")
+	}
+	if err := os.WriteFile(filepath.Join(root, "cgroup.controllers"), []byte("cpu memory pids\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	full := resources(&Spec{MemoryBytes: 64 << 20, CPUMilli: 250, Pids: 10})
+	if err := c.make("/work/a", full); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.make("/work/b", resources(&Spec{})); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{
+		"cgroup.subtree_control": "+cpu +memory +pids", "work/cgroup.subtree_control": "+cpu +memory +pids", "work/a/cgroup.subtree_control": "",
+		"work/a/memory.max": "67108864", "work/a/memory.swap.max": "0", "work/a/memory.oom.group": "1", "work/a/cpu.max": "25000 100000", "work/a/pids.max": "232",
+		"work/b/memory.max": "", "work/b/cpu.max": "", "work/b/pids.max": "", "work/b/memory.oom.group": "1",
+	} {
+		if got, _ := os.ReadFile(filepath.Join(root, file)); string(got) != want {
+			t.Errorf("%s: %q, want %q", file, got, want)
+		}
+	}
+	for events, want := range map[string]bool{"low 0\noom 0\noom_kill 0\noom_group_kill 0\n": false, "oom 3\noom_kill 2\n": true, "": false} {
+		if err := os.WriteFile(filepath.Join(root, "work/a/memory.events"), []byte(events), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := c.outOfMemory("/work/a"); got != want {
+			t.Errorf("%q: %v", strings.ReplaceAll(events, "\n", " "), got)
+		}
+	}
+	if c.outOfMemory("/work/absent") {
+		t.Error("a group that is not there ran out of memory")
+	}
+}
