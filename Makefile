@@ -49,6 +49,10 @@ bin/holdfast-runsc: runsc/go.mod runsc/go.sum runsc/main.go
 images: ## build the images of the examples
 	cd examples/images && go run ./build
 
+.PHONY: image
+image: build ## build what a node boots, in bin/image
+	bin/holdfast image build --out bin/image
+
 .PHONY: check
 check: setup-test build lint ## build, vet, staticcheck, unit tests: what every commit passes
 	go test -short ./...

@@ -78,7 +78,7 @@ func TestNames(t *testing.T) {
 	root := newRoot(&app{})
 	for _, path := range []string{
 		"up", "down", "doctor", "status", "plan", "deploy", "logs", "ca", "version", "completion bash", "completion zsh", "completion fish",
-		"run validator", "run node", "run gateway", "contract list", "contract show", "contract history", "contract cancel", "node list", "ledger show",
+		"run validator", "run node", "run gateway", "contract list", "contract show", "contract history", "contract cancel", "node list", "ledger show", "image build", "image show", "image run",
 		"lab kill", "lab pause", "lab resume", "lab cut",
 	} {
 		c, rest, err := root.Find(strings.Fields(path))

@@ -63,11 +63,11 @@ func (a *app) imageBuildCmd() *cobra.Command {
 			for _, f := range m.Files {
 				total += f.Size
 			}
-			table(cmd.OutOrStdout(),
-				[]string{"kernel", m.Release + ", Debian's " + m.Pin.Package + " " + m.Pin.Version},
-				[]string{"modules", fmt.Sprint(len(m.Modules))},
-				[]string{image.FileKernel, mib(m.Kernel.Size), "sha256:" + m.Kernel.SHA256.String()},
-				[]string{image.FileInitramfs, mib(m.Initramfs.Size), "sha256:" + m.Initramfs.SHA256.String(), "(" + mib(total) + " unpacked)"})
+			w := cmd.OutOrStdout()
+			fmt.Fprintf(w, "Linux %s from Debian's %s %s, %d modules; %d entries, %s unpacked\n", m.Release, m.Pin.Package, m.Pin.Version, len(m.Modules), len(m.Files), mib(total))
+			table(w,
+				[]string{filepath.Join(c.Out, image.FileKernel), mib(m.Kernel.Size), "sha256:" + m.Kernel.SHA256.String()},
+				[]string{filepath.Join(c.Out, image.FileInitramfs), mib(m.Initramfs.Size), "sha256:" + m.Initramfs.SHA256.String()})
 			return nil
 		},
 	}
@@ -133,7 +133,7 @@ func showImage(w io.Writer, r *image.Report) {
 	fmt.Fprintln(w)
 	rows = nil
 	if m := r.Manifest; m != nil {
-		rows = append(rows, []string{"kernel", m.Release + ", Debian's " + m.Pin.Package + " " + m.Pin.Version})
+		rows = append(rows, []string{"kernel", fmt.Sprintf("%s from Debian's %s %s", m.Release, m.Pin.Package, m.Pin.Version)})
 	}
 	for _, x := range []struct {
 		what string

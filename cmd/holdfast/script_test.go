@@ -10,6 +10,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -48,6 +50,8 @@ func TestMain(m *testing.M) {
 //	node NAME [REASON]         a node of that grid, which says of all that it is given that it runs, or why it fails
 //	machine VAR NAME OWNER     a machine that asks to become a node of a farm of the grid, the user or another; $VAR is its ID
 //	image DIR                  an OCI layout
+//	program FILE               a static program
+//	initramfs FILE [PATH]…     an initramfs with what an image has, and empty files
 //	gateway ADDR               leads the user to another gateway
 //	seal-key PASSPHRASE        seals the user's key
 //
@@ -62,13 +66,17 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Condition: func(c string) (bool, error) {
-			if c == "root" {
+			switch c {
+			case "root":
 				return os.Geteuid() == 0, nil
+			case "static": // this program: with cgo it is not
+				bi, ok := debug.ReadBuildInfo()
+				return ok && slices.Contains(bi.Settings, debug.BuildSetting{Key: "CGO_ENABLED", Value: "0"}), nil
 			}
 			return false, fmt.Errorf("unknown condition %q", c)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "gateway": otherGateway, "seal-key": sealKey,
+			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey,
 		},
 	})
 }
@@ -135,6 +143,33 @@ func writeClient(ts *testscript.TestScript, dir string, c grid.Client) {
 	b, err := json.Marshal(c)
 	ts.Check(err)
 	ts.Check(os.WriteFile(filepath.Join(dir, "client.json"), b, 0o600))
+}
+
+// elf is a program for x86-64 that has no segments.
+const elf = "\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x3e\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" +
+	"\x40\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x40\x00\x38\x00\x00\x00\x40\x00\x00\x00\x00\x00"
+
+func writeProgram(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(elf), 0o700))
+}
+
+func writeInitramfs(ts *testscript.TestScript, _ bool, args []string) {
+	var b strings.Builder
+	add := func(path string, mode int, body string) {
+		fmt.Fprintf(&b, "070701%08x%08x%016x%08x%08x%08x%032x%08x%08x", b.Len(), mode, 0, 1, 0, len(body), 0, len(path)+1, 0)
+		for _, part := range []string{path + "\x00", body} {
+			b.WriteString(part)
+			b.WriteString(strings.Repeat("\x00", -b.Len()&3))
+		}
+	}
+	add("init", 0o120777, "bin/holdfast")
+	add("bin/holdfast", 0o100755, elf)
+	add("bin/holdfast-runsc", 0o100755, elf)
+	for _, path := range args[1:] {
+		add(path, 0o100444, "")
+	}
+	add("TRAILER!!!", 0, "")
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(b.String()), 0o600))
 }
 
 func otherGateway(ts *testscript.TestScript, _ bool, args []string) {

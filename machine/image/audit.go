@@ -71,7 +71,8 @@ const maxHead = 64 << 10
 // Audit reads an initramfs to its end: newc archives, plain or in gzip or zstd, one or several. It believes no name and no
 // mode, and keeps nothing of the files. File capabilities cannot be in a newc archive.
 func Audit(r io.Reader) (*Contents, error) {
-	c := &Contents{}
+	none := []Finding{} // in JSON a list, not null
+	c := &Contents{[]Entry{}, none, none, none, none, none, none, none, none}
 	seen := map[string]bool{}
 	if err := walk(r, func(h header, body io.Reader) error { return c.add(h, body, seen) }); err != nil {
 		return nil, fmt.Errorf("audit initramfs: %w", err)

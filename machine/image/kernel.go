@@ -293,7 +293,7 @@ func moduleName(file string) string {
 // order lists the modules that are wanted and those that they depend on, each after what it depends on. What is built into
 // the kernel is left out.
 func (k *kernel) order(wanted []string) ([]string, error) {
-	var out []string
+	out := []string{}
 	done := map[string]bool{}
 	var add func(name, by string, depth int) error
 	add = func(name, by string, depth int) error {
