@@ -69,6 +69,8 @@ func TestEachRuleFindsWhatIsPlanted(t *testing.T) {
 	dynamic := string(program64(dyn64, "/lib64/ld-linux-x86-64.so.2"))
 	hidden := []byte(dynamic)
 	binary.LittleEndian.PutUint64(hidden[32:], 1<<20) // program headers behind what is read
+	wrapped := []byte(dynamic)
+	binary.LittleEndian.PutUint64(wrapped[32:], 1<<64-56)
 	big := []byte(busybox)
 	big[5] = 2 // big-endian
 	const not2 = "and not one of the two that an image has"
@@ -84,6 +86,7 @@ func TestEachRuleFindsWhatIsPlanted(t *testing.T) {
 		{"an executable that is cut", item{"data/x", typeFile | 0o444, busybox[:30], 1}, []string{"data/x: it is executable", "data/x: odd: it is no ELF program"}},
 		{"an executable of another machine", item{"data/x", typeFile | 0o444, string(big), 1}, []string{"data/x: it is executable", "data/x: odd: it is no ELF program for x86-64"}},
 		{"program headers that are not seen", item{"data/x", typeFile | 0o444, string(hidden), 1}, []string{"data/x: it is executable", "data/x: odd: its program headers are out of sight"}},
+		{"program headers at the end of all numbers", item{"data/x", typeFile | 0o444, string(wrapped), 1}, []string{"data/x: it is executable", "data/x: odd: its program headers are out of sight"}},
 		{"a dynamic executable", item{"data/x", typeFile | 0o444, dynamic, 1}, []string{"data/x: it is executable", `data/x: shell or interpreter: it is dynamic and needs "/lib64/ld-linux-x86-64.so.2"`}},
 		{"a script", item{"etc/rc.local", typeFile | 0o644, "#!/bin/sh -e\necho\n", 1}, []string{"etc/rc.local: it is executable (a script)", `etc/rc.local: shell or interpreter: a script for "/bin/sh -e"`}},
 		{"text with an execute bit", item{"etc/motd", typeFile | 0o654, "text", 1}, []string{"etc/motd: it is executable (by its mode)"}},

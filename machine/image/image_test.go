@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -177,7 +178,7 @@ func inputs(t testing.TB, deb []byte) Config {
 	t.Helper()
 	dir := t.TempDir()
 	c := Config{Out: filepath.Join(dir, "out"), Holdfast: filepath.Join(dir, "holdfast"), Runsc: filepath.Join(dir, "runsc"), Modules: []string{"net", "lonely"}, pin: pinOf(deb)}
-	put(t, c.Holdfast, append(program64(exec64, ""), bytes.Repeat([]byte("holdfast"), 5000)...))
+	put(t, c.Holdfast, append(program64(exec64, ""), bytes.Repeat([]byte("holdfast and what else there is\n"), 1<<15)...)) // several blocks
 	put(t, c.Runsc, append(program64(dyn64, ""), "runsc"...))
 	return c
 }
@@ -285,7 +286,7 @@ func TestTheSameInputsGiveTheSameBytes(t *testing.T) {
 			before := served.Load()
 			arg, err := json.Marshal(struct {
 				job
-				Progress *int
+				Progress *int // instead of Config's, which JSON cannot say
 			}{job: j})
 			if err != nil {
 				t.Fatal(err)
@@ -357,6 +358,11 @@ func TestWhatIsInAnImage(t *testing.T) {
 	got, err := json.Marshal(r.Manifest)
 	if want, _ := json.Marshal(m); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the manifest that was written is not that which was returned: %s", got)
+	}
+	for name, is := range tree(t, c.Out) {
+		if !strings.HasPrefix(is, "-rw-r--r-- ") {
+			t.Errorf("%s is %s", name, is)
+		}
 	}
 	order := sha256.Sum256([]byte("virtio\nvirtio_ring\nvirtio_pci\nnet\nlonely\n"))
 	if i := slices.IndexFunc(r.Entries, func(e Entry) bool { return e.Path == pathOrder }); r.Entries[i].SHA256 != order {
@@ -620,6 +626,13 @@ func TestRootsArePlain(t *testing.T) {
 	}
 	if pool := x509.NewCertPool(); !pool.AppendCertsFromPEM(b) || r.Count < 100 || strings.Count(string(b), "BEGIN CERTIFICATE") != r.Count {
 		t.Errorf("%d roots in %d bytes", r.Count, len(b))
+	}
+	var last []byte
+	for p, rest := pem.Decode(b); p != nil; p, rest = pem.Decode(rest) {
+		if bytes.Compare(last, p.Bytes) >= 0 {
+			t.Error("they are not in order")
+		}
+		last = p.Bytes
 	}
 	for _, name := range r.LeftOut {
 		if !strings.Contains(name, "CN=") {
