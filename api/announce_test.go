@@ -137,13 +137,20 @@ func TestALyingBoardShowsNobody(t *testing.T) {
 	a.Proof = k.Sign(ledger.NodeAdmitPurpose, a.ProofBytes(g.Genesis.GridID()))
 	forged := *a
 	forged.Name = "new-2"
+	many := make([][]byte, 257)
+	for i := range many {
+		k := identity.NewKey([32]byte{byte(i), byte(i >> 8), 10})
+		w := &ledger.NodeAdmit{Name: "new", Key: k.Public()}
+		w.Proof = k.Sign(ledger.NodeAdmitPurpose, w.ProofBytes(g.Genesis.GridID()))
+		many[i] = w.Encode()
+	}
 	for name, x := range map[string]struct {
 		answer []byte
 		ok     bool
 	}{
 		"control":                {canonical.Encode([][]byte{a.Encode(), a.Encode()}), true},
 		"a machine made up":      {canonical.Encode([][]byte{forged.Encode()}), false},
-		"more than there can be": {canonical.Encode(make([][]byte, 257)), false},
+		"more than there can be": {canonical.Encode(many), false},
 		"no end":                 {make([]byte, 8<<20), false},
 	} {
 		addr := impostor(t, &g.Cert, says(x.answer))

@@ -34,19 +34,16 @@ const genesisTime = 5 * time.Second
 // FetchGenesis gets a grid's genesis from the first of some addresses (host:port) that has it: a validator's API, or a
 // gateway's public port. Nobody has to be trusted, since the ID is the document's digest.
 func FetchGenesis(ctx context.Context, grid identity.GridID, addrs []string) (*ledger.Genesis, error) {
-	errs := []error{errors.New("nobody could be asked")}
+	var errs []error
 	for _, addr := range addrs {
 		g, err := fetchGenesis(ctx, grid, addr)
 		if err == nil {
 			return g, nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", addr, err))
-		if ctx.Err() != nil {
-			break
-		}
 	}
-	if len(errs) > 1 {
-		errs = errs[1:]
+	if len(errs) == 0 {
+		errs = append(errs, errors.New("no address to ask"))
 	}
 	return nil, fmt.Errorf("genesis of %v: %w", grid, errors.Join(errs...))
 }

@@ -207,18 +207,18 @@ func TestAMachineThatCannotAskSaysSoOnce(t *testing.T) {
 	}
 }
 
-// A validator that lies about the ledger does not make a machine run.
-func TestNobodyBecomesANodeByAWord(t *testing.T) {
+// Who may admit nodes, or reads along, cannot admit a machine in another form than it asked for.
+func TestNobodyAdmitsWhatTheMachineDidNotSign(t *testing.T) {
 	x := newNewcomer(t, nil)
 	joined, stop := x.start()
 	a := x.asks(func(*ledger.NodeAdmit) bool { return true })
-	a.Name = "other" // admitted in a form that the machine did not agree to
+	a.Name = "other"
 	if err := x.admit(a); !errors.Is(err, api.ErrRefused) {
 		t.Errorf("the ledger takes what the machine did not sign: %v", err)
 	}
 	select {
 	case err := <-joined:
-		t.Errorf("it joined: %v", err)
+		t.Fatalf("it joined: %v", err)
 	case <-time.After(time.Second):
 	}
 	stop()

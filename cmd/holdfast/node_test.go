@@ -274,7 +274,9 @@ func TestAMachineIsShutBeforeItAsks(t *testing.T) {
 	} {
 		bad := *cfg
 		x.edit(&bad)
-		if err := runNode(t.Context(), &bad); err == nil || !strings.Contains(err.Error(), x.err) {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		if err := runNode(ctx, &bad); err == nil || !strings.Contains(err.Error(), x.err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
