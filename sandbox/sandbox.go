@@ -346,7 +346,7 @@ func networkFlags(spec *specs.Spec) []string {
 
 // await returns when the shim says that the sandbox runs or has ended.
 func (r *Runner) await(ctx context.Context, b string) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute) // a small machine that starts many at once is slow
 	defer cancel()
 	for {
 		var st statusFile

@@ -19,6 +19,8 @@ if [ "${1:-}" = test ]; then
   have tcpdump tcpdump
   have nsenter util-linux
   have mkfs.ext4 e2fsprogs
+  have qemu-system-x86_64 qemu-system-x86
+  have busybox busybox-static
 fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || need+=(ca-certificates)
 if [ ${#need[@]} -gt 0 ]; then

@@ -223,6 +223,31 @@ func TestBoxes(t *testing.T) {
 			t.Errorf("control: %v", err)
 		}
 	})
+	t.Run("a machine that is plugged in costs nobody the router", func(t *testing.T) {
+		top := &Topology{Router: g.running()["internet"]}
+		taken := map[Uplink]bool{}
+		for range 12 {
+			u, err := top.Free(1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if taken[u] || u.Host == 2 {
+				t.Fatalf("%+v is free, and somebody has it", u)
+			}
+			taken[u] = true
+			f, err := top.Tap(u)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if g.say("one", two4) != "hello" {
+				t.Fatalf("with a cable to %+v the neighbours do not find their router", u)
+			}
+		}
+		if u, err := top.Free(1); err == nil {
+			t.Errorf("the segment is full, and %+v is free", u)
+		}
+	})
 	t.Run("the host has no route into the grid", func(t *testing.T) {
 		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(two4, 80).String(), 300*time.Millisecond)
 		if err == nil {

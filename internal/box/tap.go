@@ -63,7 +63,7 @@ func (t *Topology) Free(segment int) (Uplink, error) {
 	return Uplink{}, fmt.Errorf("segment %d is full", segment)
 }
 
-// MAC is the Ethernet address of a host that is no box. IPv6 addresses derive from it.
+// MAC is the Ethernet address of a router, and of a host that is no box. IPv6 addresses derive from it.
 func (t *Topology) MAC(u Uplink) net.HardwareAddr {
 	return net.HardwareAddr{0x02, 'h', 'f', 0, byte(u.Segment), byte(u.Host)}
 }

@@ -59,7 +59,9 @@ func (t *Topology) Prepare(segments []int) error {
 			if _, err := h.LinkByName(name); err == nil {
 				continue
 			}
-			if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}); err != nil {
+			// An address of its own: one that it takes from its ports changes when a cable comes or goes, and then nobody on the
+			// segment finds the router until he asks again.
+			if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name, HardwareAddr: t.MAC(Uplink{s, 1})}}); err != nil {
 				return fmt.Errorf("bridge %s: %w", name, err)
 			}
 			l, err := h.LinkByName(name)

@@ -35,8 +35,8 @@ type Lab struct {
 	bin    string
 }
 
-// New starts a grid and ends it, with everything in it, when the test ends.
-func New(t testing.TB) *Lab {
+// New starts a grid, with more arguments of up, and ends it, with everything in it, when the test ends.
+func New(t testing.TB, up ...string) *Lab {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -75,7 +75,7 @@ func New(t testing.TB) *Lab {
 	if err := img.WriteLayout(filepath.Join(l.App, "img")); err != nil {
 		t.Fatal(err)
 	}
-	l.Run("up", "--detach", "--listen", l.Listen)
+	l.Run(append([]string{"up", "--detach", "--listen", l.Listen}, up...)...)
 	return l
 }
 
@@ -196,9 +196,15 @@ func (l *Lab) Workload(name string) Workload {
 // Until polls until f is true, for a minute at most.
 func (l *Lab) Until(what string, f func() bool) {
 	l.T.Helper()
-	for end := time.Now().Add(time.Minute); !f(); time.Sleep(100 * time.Millisecond) {
+	l.Within(time.Minute, what, f)
+}
+
+// Within polls until f is true, for so long at most.
+func (l *Lab) Within(limit time.Duration, what string, f func() bool) {
+	l.T.Helper()
+	for end := time.Now().Add(limit); !f(); time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(end) {
-			l.T.Fatalf("%s did not come within a minute", what)
+			l.T.Fatalf("%s did not come within %v", what, limit)
 		}
 	}
 }

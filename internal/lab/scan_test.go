@@ -24,10 +24,13 @@ const (
 	closed = "closed" // a reset or an ICMP error: somebody is there
 )
 
-// scan sends one probe to every port of a target and returns every port that answered anything. Whatever else
+// fast is how many probes a second a scan sends: with more, queues on the way overflow.
+const fast = 50_000
+
+// scan sends one probe to every port of a target, so many a second, and returns every port that answered anything. Whatever else
 // comes from the target, neighbour discovery aside, is in answers[0]: a machine that shows nothing has no answers at all.
 // A stranger's machine sees what it receives, so nothing that the kernel drops is missed.
-func scan(from box.Box, target netip.Addr, udp bool) (answers map[uint16]string, err error) {
+func scan(from box.Box, target netip.Addr, udp bool, pace int) (answers map[uint16]string, err error) {
 	var send, receive int
 	var source netip.Addr
 	err = box.Within(from.NetNS(), func() error {
@@ -99,7 +102,6 @@ func scan(from box.Box, target netip.Addr, udp bool) (answers map[uint16]string,
 	if target.Is6() {
 		to = &unix.SockaddrInet6{Addr: target.As16()}
 	}
-	const pace = 50_000 // a second: faster, and queues on the way overflow
 	begin := time.Now()
 	for i := range 65536 {
 		port := uint16(i * 7919) // every port once in 65536, in no order
@@ -107,7 +109,7 @@ func scan(from box.Box, target netip.Addr, udp bool) (answers map[uint16]string,
 		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EHOSTUNREACH) {
 			return nil, fmt.Errorf("scan %v: %w", target, err)
 		}
-		if due := begin.Add(time.Duration(i) * time.Second / pace); i%32 == 0 {
+		if due := begin.Add(time.Duration(i) * time.Second / time.Duration(pace)); i%32 == 0 {
 			time.Sleep(time.Until(due))
 		}
 	}
@@ -247,7 +249,7 @@ func scans(t *testing.T, l *Lab) {
 					if udp {
 						want = x.udp
 					}
-					got, missing, err := scanFor(x.from, p.Addr(), udp, want)
+					got, missing, err := scanFor(x.from, p.Addr(), udp, fast, want)
 					if err != nil {
 						return err
 					}
@@ -274,10 +276,10 @@ func scans(t *testing.T, l *Lab) {
 
 // scanFor scans, and looks again for what should be open: on a busy machine some packets are lost. All but a few must be
 // found at once, or the scan proves nothing of what it does not find.
-func scanFor(from box.Box, target netip.Addr, udp bool, want []uint16) (got map[uint16]string, missing []uint16, err error) {
+func scanFor(from box.Box, target netip.Addr, udp bool, pace int, want []uint16) (got map[uint16]string, missing []uint16, err error) {
 	got = map[uint16]string{}
 	for try := range 3 {
-		more, err := scan(from, target, udp)
+		more, err := scan(from, target, udp, pace)
 		if err != nil {
 			return nil, nil, err
 		}
