@@ -650,10 +650,31 @@ type prober struct {
 	cancel   context.CancelFunc
 	done     chan struct{}
 	mu       sync.Mutex
+	verdict
+}
+
+// verdict is what a row of health checks says. A check that fails counts if the one before that counted is an interval ago:
+// until the first success checks run more often, so that one who starts fast is used soon, and one who starts slowly has
+// the time that its contract gives it.
+type verdict struct {
 	ok       bool
 	failures uint32
 	retries  uint32
-	grace    time.Time
+	interval time.Duration
+	last     time.Time // when a check counted last; at first, the end of the start period
+}
+
+// add takes the result of one check.
+func (v *verdict) add(now time.Time, passed bool) {
+	switch {
+	case passed:
+		v.ok, v.failures, v.last = true, 0, now
+	case now.Sub(v.last) >= v.interval:
+		v.last = now
+		if v.failures++; v.failures >= v.retries {
+			v.ok = false
+		}
+	}
 }
 
 func (p *prober) passed() bool { p.mu.Lock(); defer p.mu.Unlock(); return p.ok }
@@ -679,12 +700,11 @@ func pace(h *contract.Healthcheck) (interval, timeout time.Duration) {
 	return of(h.Interval), of(h.Timeout)
 }
 
-// startProber probes often until the first success, then at the interval. Failures within the start period do not
-// count.
+// startProber probes often until the first success, then at the interval.
 func (c *controller) startProber(ctx context.Context, w *Workload) *prober {
 	h := w.Process.Health
 	interval, timeout := pace(h)
-	p := &prober{instance: w.Instance, done: make(chan struct{}), retries: h.Retries, grace: time.Now().Add(h.StartPeriod)}
+	p := &prober{instance: w.Instance, done: make(chan struct{}), verdict: verdict{retries: h.Retries, interval: interval, last: time.Now().Add(h.StartPeriod)}}
 	if p.retries == 0 {
 		p.retries = 3
 	}
@@ -701,14 +721,7 @@ func (c *controller) startProber(ctx context.Context, w *Workload) *prober {
 			}
 			p.mu.Lock()
 			was := p.ok
-			switch {
-			case err == nil && code == 0:
-				p.ok, p.failures = true, 0
-			case p.ok || time.Now().After(p.grace):
-				if p.failures++; p.failures >= p.retries {
-					p.ok = false
-				}
-			}
+			p.add(time.Now(), err == nil && code == 0)
 			now, failed := p.ok, p.failures >= p.retries
 			p.mu.Unlock()
 			if was != now || failed {

@@ -552,3 +552,49 @@ func TestPullingThePlugEnds(t *testing.T) {
 		}
 	}
 }
+
+// TestWhatIsDeletedIsGivenBack asks the kernel for the unit in which the volume's device discards, and then the host's file
+// system for what the image takes.
+func TestWhatIsDeletedIsGivenBack(t *testing.T) {
+	m := manager(t)
+	s := spec("v")
+	dir := open(t, m, s)
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/queue/discard_granularity", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if got := strings.TrimSpace(string(b)); err != nil || got != "4096" {
+		t.Errorf("the device discards in units of %q bytes (%v)", got, err)
+	}
+	takes := func() int64 {
+		var st unix.Stat_t
+		if err := unix.Stat(m.image(s.ID), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Blocks * 512
+	}
+	name := filepath.Join(dir, "f")
+	if err := os.WriteFile(name, bytes.Repeat([]byte("data"), 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	unix.Sync()
+	full := takes()
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	var left int64
+	for range 100 {
+		unix.Sync()
+		if left = takes(); left < full-12<<20 {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if full < 16<<20 || left >= full-12<<20 {
+		t.Errorf("16 MiB were written and deleted: the image took %d bytes, and takes %d", full, left)
+	}
+	if err := m.Close(t.Context(), "v"); err != nil {
+		t.Fatal(err)
+	}
+}
