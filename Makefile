@@ -53,6 +53,10 @@ images: ## build the images of the examples
 image: build ## build what a node boots, in bin/image
 	bin/holdfast image build --out bin/image
 
+.PHONY: vm
+vm: setup-test build images ## boot a node in an emulated machine, once: deploy on it, cut its power, boot it again
+	scripts/vm.sh
+
 .PHONY: check
 check: setup-test build lint ## build, vet, staticcheck, unit tests: what every commit passes
 	go test -short ./...

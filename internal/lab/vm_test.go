@@ -76,6 +76,7 @@ func TestBootedNode(t *testing.T) {
 		{"it survives a hard power cut", powerCut},
 		{"its memory is bounded", boundedMemory},
 		{"it never answered anybody", neverAnswered},
+		{"its kernel had nothing to complain of", quietKernel},
 	} {
 		if !t.Run(part.name, func(t *testing.T) {
 			was := l.T
@@ -384,6 +385,16 @@ func powerCut(t *testing.T, l *Lab, m *bootable) {
 	}
 	if w := l.Workload("store/db-0"); w.Node != "vm-1" || w.Epoch != was.Epoch {
 		t.Errorf("was %+v, is %+v: a volume's workload waits for its node", was, w)
+	}
+}
+
+var complaint = regexp.MustCompile(`(?m)^\[ *[0-9.]+\] .*`)
+
+func quietKernel(t *testing.T, l *Lab, m *bootable) {
+	for _, line := range complaint.FindAllString(m.console(), -1) {
+		if !strings.Contains(line, "Memory cgroup out of memory") {
+			t.Errorf("the kernel says: %s", line)
+		}
 	}
 }
 
