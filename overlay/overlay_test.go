@@ -269,7 +269,19 @@ func TestWorkloadMoves(t *testing.T) {
 	kept, err := greet(client, stillAt, "still", time.Second)
 	must(t, err)
 	defer kept.Close()
+	// All of them have shaken hands, and two hands that were held out at once have been taken.
 	before := ms[0].Status()
+	limit := time.Now().Add(15 * time.Second)
+	for since := time.Now(); time.Since(since) < time.Second; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("no rest: %+v", before)
+		}
+		now := ms[0].Status()
+		if slices.ContainsFunc(now, func(s PeerStatus) bool { return s.Handshake.IsZero() }) ||
+			!slices.EqualFunc(now, before, func(a, b PeerStatus) bool { return a.Handshake == b.Handshake }) {
+			before, since = now, time.Now()
+		}
+	}
 
 	old.Close()
 	must(t, ms[1].Detach(t.Context(), "mover"))

@@ -77,8 +77,6 @@ func (a *app) imageBuildCmd() *cobra.Command {
 	f.StringVar(&c.Package, "package", "", "the kernel's package as a `file`, instead of fetching it")
 	f.StringVar(&c.Cache, "cache", "", "`directory` that keeps the fetched package (default holdfast in the user's cache directory)")
 	f.StringVar(&runsc, "runsc", "", "`path` of holdfast-runsc (default beside holdfast)")
-	f.BoolVar(&c.Plain, "plain", false, "leave the initramfs uncompressed, which an emulated machine boots faster")
-	f.MarkHidden("plain")
 	return cmd
 }
 

@@ -39,7 +39,6 @@ type Config struct {
 	Mirror   string                  // URL of a Debian mirror; "" is Debian's own
 	Package  string                  // the kernel's package as a file; "" fetches it
 	Cache    string                  // directory that keeps a fetched package; "" keeps none
-	Plain    bool                    // leave the initramfs uncompressed
 	Progress func(done, total int64) // called while bytes are fetched; nil is not called
 
 	pin   *Pin          // of tests; nil is Pinned
@@ -270,9 +269,6 @@ func (c *Config) write(ctx context.Context, m *Manifest, kernel []byte, files []
 		return err
 	}
 	m.Initramfs, m.Initramfs.Compression = f, "zstd"
-	if c.Plain {
-		m.Initramfs.Compression = "none"
-	}
 	contents, _, err := auditFile(initramfs)
 	if err != nil {
 		return err
@@ -298,9 +294,6 @@ func (c *Config) write(ctx context.Context, m *Manifest, kernel []byte, files []
 
 // compress packs the files. One goroutine and a window of its own: the bytes must not depend on the machine.
 func (c *Config) compress(w io.Writer, files []file) error {
-	if c.Plain {
-		return pack(w, files)
-	}
 	z, err := zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithWindowSize(8<<20))
 	if err != nil {
 		return err

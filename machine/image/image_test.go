@@ -235,90 +235,85 @@ func TestTheSameInputsGiveTheSameBytes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, plain := range []bool{false, true} {
-		var first map[string]string
-		for i, x := range []struct {
-			name  string
-			umask int
-			env   []string
-			with  func(*job)
-			fetch int32
-		}{
-			{"cold cache", 0o022, nil, func(j *job) { j.Cache += fmt.Sprint(plain) }, 1},
-			{"warm cache", 0o022, nil, func(j *job) { j.Cache += fmt.Sprint(plain) }, 0},
-			{"no cache", 0o022, nil, func(j *job) { j.Cache = "" }, 1},
-			{"the package as a file", 0o022, nil, func(j *job) { j.Package, j.Mirror = file, "http://127.0.0.1:1" }, 0},
-			{"umask 0", 0, nil, nil, 1},
-			{"umask 077", 0o077, nil, nil, 0},
-			{"east", 0o022, []string{"TZ=Asia/Tokyo", "LANG=ja_JP.UTF-8"}, nil, 0},
-			{"west", 0o022, []string{"TZ=America/Los_Angeles"}, nil, 0},
-			{"one core", 0o022, []string{"GOMAXPROCS=1"}, nil, 0},
-			{"eight cores", 0o022, []string{"GOMAXPROCS=8"}, nil, 0},
-			{"later, programs elsewhere", 0o022, nil, func(j *job) {
-				dir := t.TempDir()
-				for _, p := range []*string{&j.Holdfast, &j.Runsc} {
-					b, err := os.ReadFile(*p)
-					if err != nil {
-						t.Fatal(err)
-					}
-					*p = filepath.Join(dir, "other-"+filepath.Base(*p))
-					put(t, *p, b)
-					if err := errors.Join(os.Chtimes(*p, time.Unix(1, 0), time.Unix(1, 0)), os.Chmod(*p, 0o700)); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}, 0},
-			{"over an older image", 0o022, nil, func(j *job) {
-				if err := os.MkdirAll(j.Out, 0o755); err != nil {
+	var first map[string]string
+	for i, x := range []struct {
+		name  string
+		umask int
+		env   []string
+		with  func(*job)
+		fetch int32
+	}{
+		{"cold cache", 0o022, nil, func(j *job) { j.Cache += "-2" }, 1},
+		{"warm cache", 0o022, nil, func(j *job) { j.Cache += "-2" }, 0},
+		{"no cache", 0o022, nil, func(j *job) { j.Cache = "" }, 1},
+		{"the package as a file", 0o022, nil, func(j *job) { j.Package, j.Mirror = file, "http://127.0.0.1:1" }, 0},
+		{"umask 0", 0, nil, nil, 1},
+		{"umask 077", 0o077, nil, nil, 0},
+		{"east", 0o022, []string{"TZ=Asia/Tokyo", "LANG=ja_JP.UTF-8"}, nil, 0},
+		{"west", 0o022, []string{"TZ=America/Los_Angeles"}, nil, 0},
+		{"one core", 0o022, []string{"GOMAXPROCS=1"}, nil, 0},
+		{"eight cores", 0o022, []string{"GOMAXPROCS=8"}, nil, 0},
+		{"later, programs elsewhere", 0o022, nil, func(j *job) {
+			dir := t.TempDir()
+			for _, p := range []*string{&j.Holdfast, &j.Runsc} {
+				b, err := os.ReadFile(*p)
+				if err != nil {
 					t.Fatal(err)
 				}
-				put(t, filepath.Join(j.Out, FileInitramfs), []byte("older"))
-			}, 0},
-		} {
-			j := job{Config: base, Pin: *base.pin, Umask: x.umask}
-			j.Out, j.Plain = filepath.Join(t.TempDir(), fmt.Sprintf("out-%d", i)), plain
-			if x.with != nil {
-				x.with(&j)
+				*p = filepath.Join(dir, "other-"+filepath.Base(*p))
+				put(t, *p, b)
+				if err := errors.Join(os.Chtimes(*p, time.Unix(1, 0), time.Unix(1, 0)), os.Chmod(*p, 0o700)); err != nil {
+					t.Fatal(err)
+				}
 			}
-			if plain && x.name == "umask 0" {
-				x.fetch = 0 // the cache is there since the first round
-			}
-			before := served.Load()
-			arg, err := json.Marshal(struct {
-				job
-				Progress *int // instead of Config's, which JSON cannot say
-			}{job: j})
-			if err != nil {
+		}, 0},
+		{"over an older image", 0o022, nil, func(j *job) {
+			if err := os.MkdirAll(j.Out, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			cmd := exec.Command(self)
-			cmd.Env = append(append(os.Environ(), child+"="+string(arg)), x.env...)
-			if b, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("%s: %v: %s", x.name, err, b)
-			}
-			if n := served.Load() - before; n != x.fetch {
-				t.Errorf("%s: the package was fetched %d times, want %d", x.name, n, x.fetch)
-			}
-			got := tree(t, j.Out)
-			if len(got) != 3 {
-				t.Errorf("%s: it made %v", x.name, got)
-			}
-			if first == nil {
-				first = got
-			} else if !maps.Equal(got, first) {
-				t.Errorf("plain %t, %s: other bytes:\n%v\n%v", plain, x.name, got, first)
-			}
+			put(t, filepath.Join(j.Out, FileInitramfs), []byte("older"))
+		}, 0},
+	} {
+		j := job{Config: base, Pin: *base.pin, Umask: x.umask}
+		j.Out = filepath.Join(t.TempDir(), fmt.Sprintf("out-%d", i))
+		if x.with != nil {
+			x.with(&j)
 		}
-		// Control: one byte of an input is seen.
-		c := base
-		c.Out, c.Plain, c.Holdfast = filepath.Join(t.TempDir(), "out"), plain, c.Runsc
-		if _, err := Build(t.Context(), c); err != nil {
+		before := served.Load()
+		arg, err := json.Marshal(struct {
+			job
+			Progress *int // instead of Config's, which JSON cannot say
+		}{job: j})
+		if err != nil {
 			t.Fatal(err)
 		}
-		got := tree(t, c.Out)
-		if got[FileKernel] != first[FileKernel] || got[FileInitramfs] == first[FileInitramfs] || got[FileManifest] == first[FileManifest] {
-			t.Errorf("control: another program gives %v, the first gave %v", got, first)
+		cmd := exec.Command(self)
+		cmd.Env = append(append(os.Environ(), child+"="+string(arg)), x.env...)
+		if b, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", x.name, err, b)
 		}
+		if n := served.Load() - before; n != x.fetch {
+			t.Errorf("%s: the package was fetched %d times, want %d", x.name, n, x.fetch)
+		}
+		got := tree(t, j.Out)
+		if len(got) != 3 {
+			t.Errorf("%s: it made %v", x.name, got)
+		}
+		if first == nil {
+			first = got
+		} else if !maps.Equal(got, first) {
+			t.Errorf("%s: other bytes:\n%v\n%v", x.name, got, first)
+		}
+	}
+	// Control: one byte of an input is seen.
+	c := base
+	c.Out, c.Holdfast = filepath.Join(t.TempDir(), "out"), c.Runsc
+	if _, err := Build(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	got := tree(t, c.Out)
+	if got[FileKernel] != first[FileKernel] || got[FileInitramfs] == first[FileInitramfs] || got[FileManifest] == first[FileManifest] {
+		t.Errorf("control: another program gives %v, the first gave %v", got, first)
 	}
 }
 
