@@ -45,6 +45,22 @@ bin/holdfast-runsc: runsc/go.mod runsc/go.sum runsc/main.go
 	cd runsc && go build -trimpath -ldflags "-s -w" -o ../bin/holdfast-runsc .
 	@touch $@
 
+# What tests play against an S3 server. versitygw and mc change with their modules only.
+.PHONY: s3tools
+s3tools: bin/versitygw bin/mc bin/s3clients ## build the S3 clients and the peer that tests execute
+
+bin/versitygw: tools/s3/go.mod tools/s3/go.sum
+	cd tools/s3 && go build -trimpath -ldflags "-s -w" -o ../../$@ github.com/versity/versitygw/cmd/versitygw
+	@touch $@
+
+bin/mc: tools/s3/mc/go.mod tools/s3/mc/go.sum
+	cd tools/s3/mc && go build -trimpath -ldflags "-s -w" -o ../../../$@ github.com/minio/mc
+	@touch $@
+
+bin/s3clients: tools/s3/go.mod tools/s3/go.sum $(wildcard tools/s3/clients/*.go)
+	cd tools/s3 && go build -trimpath -ldflags "-s -w" -o ../../$@ ./clients
+	@touch $@
+
 .PHONY: images
 images: ## build the images of the examples
 	cd examples/images && go run ./build
@@ -69,11 +85,11 @@ lint: ## gofmt, vet and staticcheck
 	bin/staticcheck ./...
 
 .PHONY: test
-test: setup-test build images lint ## everything but the long forms
+test: setup-test build images s3tools lint ## everything but the long forms
 	scripts/test.sh
 
 .PHONY: test-long
-test-long: setup-test build images lint ## everything, long forms too
+test-long: setup-test build images s3tools lint ## everything, long forms too
 	HOLDFAST_LONG=1 scripts/test.sh -timeout 60m
 
 .PHONY: fuzz

@@ -21,6 +21,12 @@ if [ "${1:-}" = test ]; then
   have mkfs.ext4 e2fsprogs
   have qemu-system-x86_64 qemu-system-x86
   have busybox busybox-static
+  # S3 clients. Debian's, not what else may be on the PATH: tests run them with PATH=/usr/bin:/bin.
+  have /usr/bin/aws awscli
+  have /usr/bin/s3cmd s3cmd
+  have /usr/bin/rclone rclone
+  have /usr/bin/restic restic
+  [ -e /usr/lib/python3/dist-packages/boto3 ] || need+=(python3-boto3)
 fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || need+=(ca-certificates)
 if [ ${#need[@]} -gt 0 ]; then
