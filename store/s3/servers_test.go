@@ -20,10 +20,11 @@ type server struct {
 // servers are what the tests of this room play their clients on. The first is the positive control: a peer that others
 // wrote and use, with which the same tests must pass.
 var servers = []struct {
-	name  string
-	start func(testing.TB) server
+	name     string
+	start    func(testing.TB) server
+	expected string // the tests of full-flow that fail, and why; "" for the control, where none does
 }{
-	{"versitygw over a folder", folder},
+	{"versitygw over a folder", folder, ""},
 }
 
 // tool is a program that make s3tools has built.
