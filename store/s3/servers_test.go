@@ -23,8 +23,9 @@ var servers = []struct {
 	name     string
 	start    func(testing.TB) server
 	expected string // the tests of full-flow that fail, and why; "" for the control, where none does
+	races    bool   // it is no order that its answers come from, and TestLinear must see it
 }{
-	{"versitygw over a folder", folder, ""},
+	{"versitygw over a folder", folder, "", true},
 }
 
 // tool is a program that make s3tools has built.
