@@ -1,6 +1,3 @@
-// Package disperse turns a segment into n shards of which any k give it back and fewer than k say nothing of its key, and
-// gives shards names by which anybody finds rot in them and proves ranges of them. It is pure but for randomness: it knows
-// no location, no file and no clock.
 package disperse
 
 import (
@@ -16,8 +13,8 @@ import (
 // LeafSize is how much of a shard one leaf of its tree covers; only the last leaf may be shorter.
 const LeafSize = 4096
 
-// MaxShard bounds what a Tree takes: the largest shard there can be, rounded up.
-const MaxShard = 16 << 20
+// MaxShard bounds what a Tree takes: the largest shard there can be, that of a whole segment with K = 1, rounded up.
+const MaxShard = MaxSegment + LeafSize
 
 // A Name is what a shard is called and found by: the root of its Merkle tree, which also commits its length.
 type Name [32]byte
@@ -79,10 +76,9 @@ func (t *Tree) Write(p []byte) (int, error) {
 
 // close adds the leaf that is being written, if it is not there yet.
 func (t *Tree) close() {
-	if len(t.leaves) < Leaves(t.size) {
-		var d [32]byte
-		t.h.Sum(d[:0])
-		t.leaves = append(t.leaves, d)
+	if n := len(t.leaves); n < Leaves(t.size) {
+		t.leaves = append(t.leaves, [32]byte{})
+		t.h.Sum(t.leaves[n][:0])
 	}
 }
 
@@ -98,11 +94,10 @@ func Leaves(size int64) int { return int((size + LeafSize - 1) / LeafSize) }
 // Name is the name of a shard that consists of what was written so far. It ends the stream: the last leaf is complete.
 func (t *Tree) Name() Name {
 	t.close()
-	h := sha256.New()
 	if len(t.leaves) == 0 {
-		return rootOf(h, 0, [32]byte{})
+		return rootOf(0, [32]byte{})
 	}
-	return rootOf(h, t.size, t.sum(h, 0, len(t.leaves)))
+	return rootOf(t.size, t.sum(0, len(t.leaves)))
 }
 
 // NameOf is the name of a shard.
@@ -115,12 +110,12 @@ func NameOf(shard []byte) (Name, error) {
 }
 
 // sum is the hash of the subtree over leaves [lo, hi).
-func (t *Tree) sum(h hash.Hash, lo, hi int) [32]byte {
+func (t *Tree) sum(lo, hi int) [32]byte {
 	if hi-lo == 1 {
 		return t.leaves[lo]
 	}
 	mid := split(lo, hi)
-	return node(h, t.sum(h, lo, mid), t.sum(h, mid, hi))
+	return node(t.sum(lo, mid), t.sum(mid, hi))
 }
 
 // Prove is the proof of leaves [first, first+count), hashes of 32 bytes one after another: those of the largest subtrees
@@ -130,12 +125,11 @@ func (t *Tree) Prove(first, count int) ([]byte, error) {
 	if first < 0 || count < 1 || count > len(t.leaves) || first > len(t.leaves)-count {
 		return nil, fmt.Errorf("prove leaves %d and %d more: the shard has %d", first, count, len(t.leaves))
 	}
-	h := sha256.New()
 	var proof []byte
 	var walk func(lo, hi int)
 	walk = func(lo, hi int) {
 		if hi <= first || lo >= first+count {
-			d := t.sum(h, lo, hi)
+			d := t.sum(lo, hi)
 			proof = append(proof, d[:]...)
 		} else if hi-lo > 1 {
 			mid := split(lo, hi)
@@ -178,11 +172,11 @@ func Verify(name Name, size int64, first int, data, proof []byte) error {
 			}
 			mid := split(lo, hi)
 			l := walk(lo, mid)
-			return node(h, l, walk(mid, hi))
+			return node(l, walk(mid, hi))
 		}
 		root = walk(0, leaves)
 	}
-	if !ok || len(proof) > 0 || rootOf(h, size, root) != name {
+	if !ok || len(proof) > 0 || rootOf(size, root) != name {
 		return fmt.Errorf("shard %v: leaves %d to %d: %w", name, first, first+count, ErrProof)
 	}
 	return nil
@@ -198,24 +192,18 @@ func leaf(h hash.Hash, data []byte) (d [32]byte) {
 	return d
 }
 
-func node(h hash.Hash, l, r [32]byte) (d [32]byte) {
+func node(l, r [32]byte) [32]byte {
 	var b [65]byte
 	b[0] = tagNode
 	copy(b[1:], l[:])
 	copy(b[33:], r[:])
-	h.Reset()
-	h.Write(b[:])
-	h.Sum(d[:0])
-	return d
+	return sha256.Sum256(b[:])
 }
 
-func rootOf(h hash.Hash, size int64, top [32]byte) (n Name) {
+func rootOf(size int64, top [32]byte) Name {
 	var b [41]byte
 	b[0] = tagRoot
 	binary.BigEndian.PutUint64(b[1:], uint64(size))
 	copy(b[9:], top[:])
-	h.Reset()
-	h.Write(b[:])
-	h.Sum(n[:0])
-	return n
+	return sha256.Sum256(b[:])
 }
