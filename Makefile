@@ -11,7 +11,7 @@ FUZZTIME ?= 20s
 
 .PHONY: help
 help: ## say what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .PHONY: up
 up: setup build images ## start a grid and deploy PocketBase on it

@@ -114,6 +114,33 @@ func TestS3(t *testing.T) {
 	}
 }
 
+// TestCutConnections: a server that dies leaves open what it was asked, and that is explained in time.
+func TestCutConnections(t *testing.T) {
+	m := newMemory("")
+	srv := httptest.NewServer(serve(m))
+	defer srv.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		for ctx.Err() == nil {
+			time.Sleep(4 * time.Millisecond)
+			srv.CloseClientConnections()
+		}
+	}()
+	unknown := 0
+	for round := range 10 {
+		h := Run(ctx, NewS3(srv.URL, "access", "secret", "bucket"), fmt.Sprintf("round %d/", round), Config{Seed: uint64(round), Ops: 100})
+		if err := h.Check(20 * time.Second); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		unknown += h.Unknown
+	}
+	if unknown == 0 {
+		t.Error("control: no outcome is unknown")
+	}
+	t.Logf("%d outcomes unknown", unknown)
+}
+
 // TestARefusedConnectionDidNothing: it must not count as an open outcome, of which a server that is away would make many.
 func TestARefusedConnectionDidNothing(t *testing.T) {
 	srv := httptest.NewServer(nil)

@@ -12,6 +12,9 @@ import (
 // small and large, and looks for an order that explains what they heard. The folder is the negative control: there is none
 // (it gives the bytes of one object with the tag of the next); internal/linear has the positive one.
 func TestLinear(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it needs what make s3tools builds")
+	}
 	for _, s := range servers {
 		for _, versions := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/versions %v", s.name, versions), func(t *testing.T) {
