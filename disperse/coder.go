@@ -75,6 +75,7 @@ type work struct {
 	cut    [][]byte // of the code of payloads: n
 	want   []bool
 	info   []byte
+	tree   Tree
 	secret [32]byte
 	key    [32]byte
 	nonce  [12]byte // always zero: each key seals one message, the same one if it comes again
@@ -212,7 +213,7 @@ func (c *Coder) Encode(id ID, key, mac *Key, places []Place, plain []byte) (*Enc
 		e.Release()
 		return nil, fmt.Errorf("segment %v: %w", id, err)
 	}
-	m := newStamper(mac)
+	m := newStamper(mac, &w.tree)
 	for i, s := range e.Shards {
 		e.Names[i] = m.stamp(s)
 	}
@@ -409,7 +410,7 @@ func (c *Coder) Reconstruct(id ID, mac *Key, shards [][]byte, missing []int, pla
 	w := c.begin()
 	defer c.end(w)
 	var first trailer
-	m, size, have := newStamper(mac), 0, 0
+	m, size, have := newStamper(mac, &w.tree), 0, 0
 	for i, s := range shards {
 		if s == nil || have == k {
 			continue

@@ -54,7 +54,7 @@ func (c *Coder) Split(id ID, mac *Key, places []Place, secret []byte) (*Encoded,
 		e.Release()
 		return nil, fmt.Errorf("secret %v: share: %w", id, err)
 	}
-	m := newStamper(mac)
+	m := newStamper(mac, &w.tree)
 	for i, s := range e.Shards {
 		e.Names[i] = m.stamp(s)
 	}
@@ -69,7 +69,7 @@ func (c *Coder) Join(dst []byte, id ID, mac *Key, shards [][]byte) ([]byte, erro
 	}
 	w := c.begin()
 	defer c.end(w)
-	m, size, have := newStamper(mac), 0, 0
+	m, size, have := newStamper(mac, &w.tree), 0, 0
 	for i, s := range shards {
 		if s == nil || have == k {
 			continue

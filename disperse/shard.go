@@ -74,12 +74,14 @@ func (t trailer) fill(kind byte, s Scheme, index int, id ID, size int, place Pla
 
 // A stamper makes MACs and names of shards, one after another.
 type stamper struct {
-	tree Tree
+	tree *Tree
 	h    hash.Hash
 	sum  [sha256.Size]byte
 }
 
-func newStamper(mac *Key) *stamper { return &stamper{h: hmac.New(sha256.New, mac[:])} }
+func newStamper(mac *Key, t *Tree) *stamper {
+	return &stamper{tree: t, h: hmac.New(sha256.New, mac[:])}
+}
 
 // mac leaves the MAC of a shard in sum, and the payload in the tree. It covers the trailer before it and commits the payload
 // by the hashes of its whole leaves, which the name needs as well, and the bytes that are left.
@@ -124,7 +126,7 @@ func (m *stamper) check(shard []byte) ([]byte, trailer, error) {
 // Check reads and authenticates a shard by its MAC, for who does not know its name. Whether it is the shard that was asked
 // for, the caller sees in the stamp.
 func Check(mac *Key, shard []byte) (Stamp, error) {
-	_, t, err := newStamper(mac).check(shard)
+	_, t, err := newStamper(mac, new(Tree)).check(shard)
 	if err != nil {
 		return Stamp{}, err
 	}
@@ -133,7 +135,7 @@ func Check(mac *Key, shard []byte) (Stamp, error) {
 
 // Restamp makes a shard that of another place, in its own bytes, and returns its name there.
 func Restamp(mac *Key, shard []byte, place Place) (Name, error) {
-	m := newStamper(mac)
+	m := newStamper(mac, new(Tree))
 	_, t, err := m.check(shard)
 	if err != nil {
 		return Name{}, err

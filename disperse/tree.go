@@ -47,6 +47,7 @@ const (
 // of leaves.
 type Tree struct {
 	h      hash.Hash
+	tag    [1]byte // tagLeaf, where a hash can see it
 	leaves [][32]byte
 	size   int64 // of all that was written
 }
@@ -64,7 +65,7 @@ func (t *Tree) Write(p []byte) (int, error) {
 		if t.size%LeafSize == 0 {
 			t.close()
 			t.h.Reset()
-			t.h.Write([]byte{tagLeaf})
+			t.h.Write(t.tag[:])
 		}
 		m := min(len(p), LeafSize-int(t.size%LeafSize))
 		t.h.Write(p[:m])
