@@ -161,6 +161,11 @@ func Run(ctx context.Context, o Objects, prefix string, c Config) *History {
 		wg.Go(func() { r.client(ctx, i, rand.New(rand.NewPCG(c.Seed, uint64(i)))) })
 	}
 	wg.Wait()
+	// The last word: what is there when all have ended.
+	for key := range c.Keys {
+		r.ask(ctx, c.Clients, input{kind: get, key: key}, nil)
+	}
+	r.ask(ctx, c.Clients, input{kind: list}, nil)
 	return &r.h
 }
 
@@ -209,17 +214,8 @@ func (r *round) client(ctx context.Context, id int, rnd *rand.Rand) {
 				in.match = seen[in.key]
 			}
 		}
-		call := time.Since(r.begin)
-		opCtx, cancel := context.WithTimeout(ctx, r.Timeout)
-		out, err := r.do(opCtx, in, body)
-		cancel()
-		back := time.Since(r.begin)
-		if errors.Is(err, ErrNothing) { // a server that is down, say
-			r.note(func() { r.h.Nothing++ })
-			select {
-			case <-ctx.Done():
-			case <-time.After(2 * time.Millisecond):
-			}
+		out, err := r.ask(ctx, id, in, body)
+		if errors.Is(err, ErrNothing) {
 			continue
 		}
 		n++
@@ -229,22 +225,42 @@ func (r *round) client(ctx context.Context, id int, rnd *rand.Rand) {
 		case in.kind == put && err == nil && !out.refused:
 			seen[in.key] = in.body
 		}
-		r.note(func() {
-			if err != nil {
-				r.h.Unknown++
-				r.h.Last = err
-				if in.kind == get || in.kind == list {
-					return // a question without an answer says nothing
-				}
-				out.unknown, back = true, math.MaxInt64
-			} else if out.refused {
-				r.h.Refused++
-			} else {
-				r.h.Done++
-			}
-			r.h.ops = append(r.h.ops, porcupine.Operation{ClientId: id, Input: in, Call: int64(call), Output: out, Return: int64(back)})
-		})
 	}
+}
+
+// ask does one operation and writes it down. After ErrNothing it has waited a little, since a server may be down.
+func (r *round) ask(ctx context.Context, id int, in input, body []byte) (output, error) {
+	call := time.Since(r.begin)
+	opCtx, cancel := context.WithTimeout(ctx, r.Timeout)
+	out, err := r.do(opCtx, in, body)
+	cancel()
+	back := time.Since(r.begin)
+	r.note(func() {
+		switch {
+		case errors.Is(err, ErrNothing):
+			r.h.Nothing++
+			return
+		case err != nil:
+			r.h.Unknown++
+			r.h.Last = err
+			if in.kind == get || in.kind == list {
+				return // a question without an answer says nothing
+			}
+			out.unknown, back = true, math.MaxInt64
+		case out.refused:
+			r.h.Refused++
+		default:
+			r.h.Done++
+		}
+		r.h.ops = append(r.h.ops, porcupine.Operation{ClientId: id, Input: in, Call: int64(call), Output: out, Return: int64(back)})
+	})
+	if errors.Is(err, ErrNothing) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	return out, err
 }
 
 func (r *round) note(f func()) {
@@ -323,8 +339,8 @@ func (r *round) do(ctx context.Context, in input, body []byte) (out output, err 
 }
 
 // Check returns why no order explains the history, or that none was found in time. It writes a picture of a history that
-// is wrong, as a page for a browser, and says where.
-func (h *History) Check(limit time.Duration) error {
+// is wrong into dir ("" is the temporary one), as a page for a browser, and says where.
+func (h *History) Check(dir string, limit time.Duration) error {
 	if len(h.broken) > 0 {
 		return fmt.Errorf("%d answers are wrong in themselves: %w", len(h.broken), h.broken[0])
 	}
@@ -349,7 +365,7 @@ func (h *History) Check(limit time.Duration) error {
 	case porcupine.Unknown:
 		return fmt.Errorf("%d operations, %d of unknown outcome: no order found in %v", len(h.ops), h.Unknown, limit)
 	default:
-		f, err := os.CreateTemp("", "linear-*.html")
+		f, err := os.CreateTemp(dir, "linear-*.html")
 		if err != nil {
 			return err
 		}

@@ -98,12 +98,12 @@ func TestS3(t *testing.T) {
 			for round := range map[bool]int{true: 10, false: 200}[c.right] {
 				h := Run(t.Context(), o, fmt.Sprintf("round %d+/", round), Config{Seed: uint64(round)})
 				m.wg.Wait()
-				switch err := h.Check(20 * time.Second); {
+				switch err := h.Check(t.TempDir(), 20*time.Second); {
 				case err == nil:
 				case c.right:
 					t.Fatalf("round %d: %v", round, err)
 				default:
-					forget(t, err)
+					pictured(t, err)
 					return
 				}
 			}
@@ -130,7 +130,7 @@ func TestCutConnections(t *testing.T) {
 	unknown := 0
 	for round := range 10 {
 		h := Run(ctx, NewS3(srv.URL, "access", "secret", "bucket"), fmt.Sprintf("round %d/", round), Config{Seed: uint64(round), Ops: 100})
-		if err := h.Check(20 * time.Second); err != nil {
+		if err := h.Check(t.TempDir(), 20*time.Second); err != nil {
 			t.Fatalf("round %d: %v", round, err)
 		}
 		unknown += h.Unknown

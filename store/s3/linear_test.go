@@ -2,6 +2,8 @@ package s3_test
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"os"
 	"testing"
 	"time"
 
@@ -18,7 +20,7 @@ func TestLinear(t *testing.T) {
 	for _, s := range servers {
 		for _, versions := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/versions %v", s.name, versions), func(t *testing.T) {
-				races := s.races
+				races, pictures := s.races, pictures(t, s.races)
 				s := s.start(t)
 				o := linear.NewS3(s.url, s.access, s.secret, "linear")
 				if err := o.CreateBucket(t.Context()); err != nil {
@@ -33,7 +35,7 @@ func TestLinear(t *testing.T) {
 				for round, until := 0, time.Now().Add(3*time.Second); round < 5 || time.Now().Before(until); round++ {
 					h := linear.Run(t.Context(), o, fmt.Sprintf("round %d/", round), linear.Config{Seed: uint64(round), Sizes: []int{100, 5000, 70000, 300000}})
 					done, refused, unknown = done+h.Done, refused+h.Refused, unknown+h.Unknown
-					err := h.Check(30 * time.Second)
+					err := h.Check(pictures, 30*time.Second)
 					if err != nil && races {
 						t.Logf("round %d, as it should: %v", round, err)
 						return
@@ -49,4 +51,65 @@ func TestLinear(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestLinearUnderKills kills the server with SIGKILL at a random point of each round, and starts it again while the
+// clients go on. What was acknowledged must be there, and nothing by halves.
+func TestLinearUnderKills(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it needs what make s3tools builds")
+	}
+	rounds := 10
+	if os.Getenv("HOLDFAST_LONG") != "" {
+		rounds = 1000
+	}
+	for _, s := range servers {
+		t.Run(s.name, func(t *testing.T) {
+			if s.forgets {
+				t.Skip("it keeps nothing")
+			}
+			races, pictures := s.races, pictures(t, s.races)
+			s := s.start(t)
+			o := linear.NewS3(s.url, s.access, s.secret, "linear")
+			if err := o.CreateBucket(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			var done, open, nothing int
+			for round := range rounds {
+				var h *linear.History
+				ran := make(chan bool)
+				go func() {
+					defer close(ran)
+					h = linear.Run(t.Context(), o, fmt.Sprintf("round %d/", round), linear.Config{Seed: uint64(round), Ops: 60, Sizes: []int{100, 5000, 70000, 300000}})
+				}()
+				time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond)
+				s.kill()
+				s.process.start()
+				<-ran
+				done, open, nothing = done+h.Done, open+h.Unknown, nothing+h.Nothing
+				if err := h.Check(pictures, 30*time.Second); err != nil {
+					if races {
+						t.Logf("round %d, as it should: %v", round, err)
+						return
+					}
+					t.Fatalf("round %d: %v (%d outcomes unknown, the last: %v)", round, err, h.Unknown, h.Last)
+				}
+			}
+			t.Logf("%d operations done, %d outcomes unknown, %d found nobody", done, open, nothing)
+			if open == 0 || nothing == 0 {
+				t.Error("control: no client was hit by a kill")
+			}
+			if races {
+				t.Error("control: the folder's races are not seen")
+			}
+		})
+	}
+}
+
+// pictures is where pictures of wrong histories go: those that are expected do not stay.
+func pictures(t *testing.T, expected bool) string {
+	if expected {
+		return t.TempDir()
+	}
+	return ""
 }

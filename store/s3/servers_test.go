@@ -15,6 +15,7 @@ import (
 type server struct {
 	url, access, secret string
 	differs             map[string]string // "program: step" that fails there, and why. What is listed must fail
+	*process
 }
 
 // servers are what the tests of this room play their clients on. The first is the positive control: a peer that others
@@ -24,8 +25,9 @@ var servers = []struct {
 	start    func(testing.TB) server
 	expected string // the tests of full-flow that fail, and why; "" for the control, where none does
 	races    bool   // it is no order that its answers come from, and TestLinear must see it
+	forgets  bool   // it keeps nothing when it is killed
 }{
-	{"versitygw over a folder", folder, "", true},
+	{"versitygw over a folder", folder, "", true, false},
 }
 
 // tool is a program that make s3tools has built.
@@ -56,7 +58,7 @@ func folder(t testing.TB) server {
 		"mc: a checksum in a trailer":    "the same",
 		"aws-sdk: an older null version": "its posix backend takes the null version for the newest when a delete marker goes",
 	}}
-	daemon(t, s.url, dir, bin, "--port", s.url[len("http://"):], "--access", s.access, "--secret", s.secret, "--iam-dir", filepath.Join(dir, "iam"), "--quiet",
+	s.process = daemon(t, s.url, dir, bin, "--port", s.url[len("http://"):], "--access", s.access, "--secret", s.secret, "--iam-dir", filepath.Join(dir, "iam"), "--quiet",
 		"posix", "--versioning-dir", filepath.Join(dir, "versions"), filepath.Join(dir, "objects"))
 	return s
 }
@@ -71,47 +73,71 @@ func freePort(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// daemon runs a server until the test ends, and returns when it answers. What it printed is shown if the test fails.
-func daemon(t testing.TB, url, dir string, argv ...string) {
-	t.Helper()
-	log, err := os.Create(filepath.Join(dir, "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
-	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = dir, []string{"PATH=/usr/bin:/bin", "HOME=" + dir}, log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+// process is a server that can be killed and started again, with what it has on disk.
+type process struct {
+	t        testing.TB
+	url, dir string
+	argv     []string
+	cmd      *exec.Cmd
+	ended    chan error
+}
+
+// daemon runs a server until the test ends. What it printed is shown if the test fails.
+func daemon(t testing.TB, url, dir string, argv ...string) *process {
+	p := &process{t: t, url: url, dir: dir, argv: argv}
+	p.start()
 	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
+		p.cmd.Process.Signal(syscall.SIGTERM)
 		select {
-		case <-ended:
+		case <-p.ended:
 		case <-time.After(10 * time.Second):
 			t.Errorf("%s did not end within 10 s", filepath.Base(argv[0]))
-			cmd.Process.Kill()
-			<-ended
+			p.kill()
 		}
-		if b, _ := os.ReadFile(log.Name()); t.Failed() && len(b) > 0 {
-			t.Logf("%s: %s", filepath.Base(argv[0]), b[max(0, len(b)-4000):])
+		if t.Failed() {
+			t.Logf("%s: %s", filepath.Base(argv[0]), p.log())
 		}
 	})
+	return p
+}
+
+// log is the end of what it printed.
+func (p *process) log() []byte {
+	b, _ := os.ReadFile(filepath.Join(p.dir, "log"))
+	return b[max(0, len(b)-4000):]
+}
+
+// kill ends it at once.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.ended
+}
+
+// start returns when it answers.
+func (p *process) start() {
+	log, err := os.OpenFile(filepath.Join(p.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer log.Close()
+	p.cmd, p.ended = exec.Command(p.argv[0], p.argv[1:]...), make(chan error, 1)
+	p.cmd.Dir, p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = p.dir, []string{"PATH=/usr/bin:/bin", "HOME=" + p.dir}, log, log
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := p.cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	go func(cmd *exec.Cmd, ended chan<- error) { ended <- cmd.Wait() }(p.cmd, p.ended)
 	for range 100 {
-		if res, err := http.Get(url); err == nil {
+		if res, err := http.Get(p.url); err == nil {
 			res.Body.Close()
 			return
 		}
 		select {
-		case err := <-ended:
-			ended <- err
-			b, _ := os.ReadFile(log.Name())
-			t.Fatalf("%s ended: %v: %s", filepath.Base(argv[0]), err, b)
+		case err := <-p.ended:
+			p.ended <- err
+			p.t.Fatalf("%s ended: %v: %s", filepath.Base(p.argv[0]), err, p.log())
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	t.Fatalf("%s does not answer within 10 s", url)
+	p.t.Fatalf("%s does not answer within 10 s", p.url)
 }
