@@ -1,0 +1,190 @@
+// Package s3 serves a dispersed store as S3: buckets, objects with their versions, locks and tags, uploads in parts, and
+// users, over store.Objects. versitygw speaks the protocol (signatures, XML, access rules), this package is the backend and
+// the users behind it. It keeps no state of its own but a cache: what it says is in the store's metadata, whose rows
+// docs/formats/objects.md describes, and conditions are decided in the change that they are about. It never holds a body in
+// memory, and decides nothing about shards.
+package s3
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"github.com/versity/versitygw/auth"
+	"github.com/versity/versitygw/backend"
+	"github.com/versity/versitygw/debuglogger"
+	"github.com/versity/versitygw/embedgw"
+	"github.com/versity/versitygw/s3err"
+
+	"holdfast/store"
+	"holdfast/store/location"
+)
+
+// Config configures a server.
+type Config struct {
+	Store  store.Objects
+	Listen string // host:port
+	// Certificate and Key are files in PEM; without them there is no TLS.
+	Certificate, Key string
+	Access, Secret   string   // of the account that may do everything
+	Seal             [32]byte // seals the secrets of other users
+	// Expire ends uploads that were not completed; 0 means 7 days.
+	Expire time.Duration
+	Region string       // "" means us-east-1
+	Log    *slog.Logger // nil discards
+}
+
+const (
+	maxConnections = 8192
+	maxRequests    = 4096
+	maxParts       = 10000
+)
+
+// Run serves until ctx ends. versitygw allows one server a process.
+func Run(ctx context.Context, cfg Config) error {
+	cfg.Expire = cmp.Or(cfg.Expire, 7*24*time.Hour)
+	b := newBackend(cfg.Store, cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)))
+	u, err := newUsers(b, auth.Account{Access: cfg.Access, Secret: cfg.Secret, Role: auth.RoleAdmin}, cfg.Seal)
+	if err != nil {
+		return fmt.Errorf("serve s3: %w", err)
+	}
+	ctx, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { b.runExpiry(ctx, cfg.Expire) })
+	err = embedgw.RunVersityGW(ctx, b, &embedgw.Config{
+		RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
+		CertFile: cfg.Certificate, KeyFile: cfg.Key, KeepAlive: true, Quiet: true, LogLevel: debuglogger.LevelSilent,
+		MaxConnections: maxConnections, MaxRequests: maxRequests, MultipartMaxParts: maxParts,
+	})
+	stop()
+	wg.Wait()
+	if err != nil {
+		return fmt.Errorf("serve s3: %w", err)
+	}
+	return nil
+}
+
+// objects is the backend of versitygw.
+type objects struct {
+	backend.BackendUnsupported // what no method here does
+	store                      store.Objects
+	log                        *slog.Logger
+	now                        func() time.Time
+	said                       sync.Map // errors that were logged, by text
+
+	buckets struct {
+		sync.RWMutex
+		known   map[string]*bucket // never changed
+		changes uint64
+	}
+}
+
+var _ backend.Backend = (*objects)(nil)
+
+func newBackend(s store.Objects, log *slog.Logger) *objects {
+	b := &objects{store: s, log: log, now: time.Now}
+	b.buckets.known = map[string]*bucket{}
+	return b
+}
+
+func (b *objects) String() string { return "holdfast" }
+func (b *objects) Shutdown()      {}
+
+// The context of a request says nothing about its client: fasthttp ends it with the server. What is under way then is let
+// to its end.
+func (b *objects) view(f func(store.Reader) error) error {
+	return b.answer(b.store.View(context.Background(), f))
+}
+
+func (b *objects) update(f func(store.Tx) error) error {
+	return b.answer(b.store.Update(context.Background(), f))
+}
+
+// answer makes what S3 says of an error. The front end looks at the type, and not at what an error wraps.
+func (b *objects) answer(err error) error {
+	if err == nil {
+		return nil
+	}
+	var known s3err.S3Error
+	switch {
+	case errors.As(err, &known):
+		if e, ok := known.(error); ok {
+			return e
+		}
+	case errors.Is(err, store.ErrBusy):
+		b.once("the store is busy", err)
+		return s3err.GetAPIError(s3err.ErrSlowDown)
+	case errors.Is(err, store.ErrOld):
+		b.once("another front end has the store", err)
+		return s3err.GetAPIError(s3err.ErrSlowDown)
+	case errors.Is(err, location.ErrFull): // clients do not try 507 again
+		b.once("locations are full", err)
+		return s3err.GetAPIError(s3err.ErrNoSpaceLeftOnDevice)
+	case errors.Is(err, location.ErrQuota):
+		b.once("quotas at locations are used up", err)
+		return s3err.GetAPIError(s3err.ErrQuotaExceeded)
+	case errors.Is(err, store.ErrClass):
+		return s3err.APIError{Code: "InvalidStorageClass", Description: "The storage class you specified is not valid.", HTTPStatusCode: http.StatusBadRequest}
+	}
+	b.log.Error("request failed", "error", err)
+	return s3err.GetAPIError(s3err.ErrInternalError)
+}
+
+// once logs a condition at most once a minute.
+func (b *objects) once(what string, err error) {
+	if last, ok := b.said.Load(what); ok && b.now().Sub(last.(time.Time)) < time.Minute {
+		return
+	}
+	b.said.Store(what, b.now())
+	b.log.Warn(what, "error", err)
+}
+
+// account is who asks.
+func account(ctx context.Context) auth.Account {
+	a, _ := ctx.Value("account").(auth.Account)
+	return a
+}
+
+func str(p *string) string {
+	if p == nil {
+		return ""
+	}
+	return *p
+}
+
+// text is a pointer to a string, nil for "".
+func text(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
+
+// quoted is an ETag as it travels.
+func quoted(etag string) *string {
+	s := `"` + etag + `"`
+	return &s
+}
+
+// next makes a version that is newer than last, whatever the clock says.
+func (b *objects) next(last version) version {
+	var v version
+	rand.Read(v[:])
+	if err := v.SetTime(ulid.Timestamp(b.now())); err == nil && v.Compare(last) > 0 {
+		return v
+	}
+	v = last
+	for i := len(v) - 1; i >= 0; i-- {
+		if v[i]++; v[i] != 0 {
+			break
+		}
+	}
+	return v
+}
