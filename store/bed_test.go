@@ -29,8 +29,8 @@ type bed struct {
 
 const everything = location.Read | location.Write | location.Delete | location.Recover
 
-// memory is a directory that is faster than a disk, where there is one.
-func memory(t testing.TB) string {
+// inMemory is a directory that is faster than a disk, where there is one.
+func inMemory(t testing.TB) string {
 	dir, err := os.MkdirTemp("/dev/shm", "holdfast-store-*")
 	if err != nil {
 		return t.TempDir()
@@ -44,7 +44,7 @@ var newBedScheme = disperse.Scheme{K: 4, N: 6}
 func newBed(t testing.TB, k, n int) *bed {
 	t.Helper()
 	b := &bed{t: t, root: NewRoot(), scheme: disperse.Scheme{K: k, N: n}}
-	at := memory(t)
+	at := inMemory(t)
 	b.frontAt = filepath.Join(at, "front")
 	for i := range n {
 		d, err := location.Open(location.Config{Path: filepath.Join(at, fmt.Sprint("location-", i)), Trusted: true})

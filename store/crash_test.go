@@ -245,7 +245,7 @@ func TestKilledAtAnyPoint(t *testing.T) {
 	if os.Getenv("HOLDFAST_LONG") != "" {
 		rounds = 300
 	}
-	dir := memory(t)
+	dir := inMemory(t)
 	var acked [crashWorkers]int
 	total := 0
 	for round := range rounds {
