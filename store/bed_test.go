@@ -64,7 +64,7 @@ func (b *bed) config() Config {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	c := Config{Dir: b.frontAt, Keys: keys, Scheme: b.scheme, Timeout: 5 * time.Second}
+	c := Config{Dir: b.frontAt, Keys: keys, Scheme: b.scheme, Timeout: 5 * time.Second, Fragile: true}
 	if testing.Verbose() {
 		c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	}

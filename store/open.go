@@ -34,10 +34,12 @@ type Config struct {
 	AcceptLoss bool
 	// DegradedWrites acknowledges with k shards durable where the rule asks for more.
 	DegradedWrites bool
-	Timeout        time.Duration // how long an Update waits; 0 means 10 s
-	Heartbeat      time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
-	Snapshot       int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB
-	Log            *slog.Logger  // nil discards
+	// Fragile allows what Placement refuses: a farm without which nothing can be written, or that can read alone.
+	Fragile   bool
+	Timeout   time.Duration // how long an Update waits; 0 means 10 s
+	Heartbeat time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
+	Snapshot  int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB
+	Log       *slog.Logger  // nil discards
 }
 
 // The log asks this of segments and places (segment.go, places.go, repair.go):
