@@ -152,7 +152,8 @@ func (p *parts) decode(t testing.TB, hash bool, lost int) {
 }
 
 func testKeys(s Scheme) (key, mac *Key, places []Place) {
-	key, mac, places = &Key{1}, &Key{2}, make([]Place, s.N)
+	k, m := Key(sha256.Sum256([]byte("store"))), Key(sha256.Sum256([]byte("shards")))
+	key, mac, places = &k, &m, make([]Place, s.N)
 	for i := range places {
 		places[i] = Place{0xaa, byte(i)}
 	}
