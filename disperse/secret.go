@@ -13,6 +13,9 @@ const secretFrame = 4 + sha256.Size
 
 func secretSize(length int) int { return padded(length + secretFrame) }
 
+// SecretShardSize is the size of each shard of a secret of so many bytes.
+func (c *Coder) SecretShardSize(length int) int { return secretSize(length) + trailerSize }
+
 // Split shares a secret among n places, each byte for itself: what fewer than k of them have is independent of it, whatever
 // is computed on. There must be at least two. Each shard is as large as the secret.
 func (c *Coder) Split(id ID, mac *Key, places []Place, secret []byte) (*Encoded, error) {
