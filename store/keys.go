@@ -98,6 +98,7 @@ type Keys struct {
 	shards disperse.Key
 	heads  [32]byte
 	tls    location.Seed
+	root   *Root // nil in those that come from a file
 }
 
 // Keys derives a front end's keys, those of every epoch up to e among them.
@@ -105,11 +106,19 @@ func (r Root) Keys(e KeyEpoch) (*Keys, error) {
 	if e > maxKeyEpoch {
 		return nil, fmt.Errorf("derive keys of epoch %d: at most %d", e, maxKeyEpoch)
 	}
-	k := &Keys{Epoch: e, stores: map[KeyEpoch]disperse.Key{}, shards: r.derive(labelShards), heads: r.derive(labelHeads), tls: r.derive(labelFrontEnd)}
+	k := &Keys{Epoch: e, stores: map[KeyEpoch]disperse.Key{}, shards: r.derive(labelShards), heads: r.derive(labelHeads), tls: r.derive(labelFrontEnd), root: &r}
 	for i := range e + 1 {
 		k.stores[i] = r.derive(fmt.Sprintf("%s%d", labelStore, i))
 	}
 	return k, nil
+}
+
+// raise makes the keys those of a later epoch. Who has the phrase at hand can, who has the file cannot.
+func (k *Keys) raise(e KeyEpoch) (*Keys, error) {
+	if k.root == nil {
+		return nil, fmt.Errorf("the store has keys of epoch %d, the file those up to %d: the phrase derives them", e, k.Epoch)
+	}
+	return k.root.Keys(e)
 }
 
 // TLS is the seed of the front end's key, which locations know by its pin.

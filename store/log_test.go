@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	mrand "math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -587,5 +588,38 @@ func TestAnAcknowledgedBlockIsNotDroppedSilently(t *testing.T) {
 	b.change = nil
 	if got := value(t, b.restored(), "a"); got != "3" {
 		t.Errorf("when they are back a is %s", got)
+	}
+}
+
+// Who restores by the phrase does not know how often keys were changed. Who has an old file of keys only cannot go on.
+func TestKeysOfALaterEpoch(t *testing.T) {
+	ctx := t.Context()
+	b := newBed(t, 4, 6)
+	later, err := b.root.Keys(3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.change = func(c *Config) { c.Keys = later }
+	s := b.open()
+	if err := set(ctx, s, "a", "1"); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	b.change = nil
+	r := b.restored()
+	if got := value(t, r, "a"); got != "1" || r.Keys().Epoch != 3 {
+		t.Errorf("a is %q under keys of epoch %d", got, r.Keys().Epoch)
+	}
+	r.Close()
+	old, err := b.root.Keys(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if old, err = parseKeys(old.marshal()); err != nil {
+		t.Fatal(err)
+	}
+	b.change = func(c *Config) { c.Keys = old }
+	if _, err := b.restore(); err == nil || !strings.Contains(err.Error(), "phrase") {
+		t.Errorf("keys of an earlier epoch: %v", err)
 	}
 }

@@ -50,6 +50,10 @@ type Recovery struct {
 // Recovery is what the start found.
 func (s *Store) Recovery() Recovery { return s.recovery }
 
+// Keys are those that the store is run with: those of the configuration, or of a later epoch if the phrase was there to derive
+// them. Who restored a store saves them.
+func (s *Store) Keys() *Keys { return s.keys }
+
 // answer is what a location says at the start.
 type answer struct {
 	Member
@@ -102,6 +106,11 @@ func (s *Store) recover(ctx context.Context) error {
 		return fmt.Errorf("the database has block %d, the locations have no log: %w", local.sequence, ErrRollback)
 	} else if best == nil {
 		return s.identify()
+	}
+	if best.key > s.keys.Epoch {
+		if s.keys, err = s.keys.raise(best.key); err != nil {
+			return err
+		}
 	}
 	for i, p := range best.places {
 		s.learn(i, p)
