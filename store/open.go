@@ -208,7 +208,7 @@ func (s *Store) coder(c disperse.Scheme) (*disperse.Coder, error) {
 func quorum(c disperse.Scheme) int { return min(c.N, max(c.K+1, (c.N+c.K+1)/2)) }
 
 func (s *Store) openDatabase() error {
-	cache := pebble.NewCache(32 << 20)
+	cache := pebble.NewCache(64 << 20) // memtables count too
 	defer cache.Unref()
 	db, err := pebble.Open(filepath.Join(s.cfg.Dir, "metadata"), databaseOptions(cache, s.log))
 	if err != nil {
