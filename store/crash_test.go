@@ -99,15 +99,15 @@ func TestABlockThatWasUnderWay(t *testing.T) {
 				f.set(nil, nil)
 			}
 			// What was decided stays, whoever is back.
-			if err := set(ctx, s, "c", "4"); err != nil {
-				t.Fatal(err)
+			for err := set(ctx, s, "c", "4"); err != nil; err = set(ctx, s, "c", "4") {
+				if !errors.Is(err, ErrBusy) || ctx.Err() != nil {
+					t.Fatal(err)
+				}
 			}
 			s.Close()
-			for _, f := range b.faults[:2] {
-				f.set(silent, nil)
-			}
+			b.faults[0].set(silent, nil)
 			if got := value(t, b.restored(), "a"); got != want[:1] {
-				t.Errorf("later, without two locations that had it, a is %s", got)
+				t.Errorf("later, without one location that had it, a is %s", got)
 			}
 		})
 	}
@@ -258,13 +258,22 @@ func TestKilledAtAnyPoint(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		kill := time.AfterFunc(time.Duration(50+mrand.IntN(500))*time.Millisecond, func() { cmd.Process.Kill() })
+		// At work most often, sometimes while it starts.
+		kill := time.AfterFunc(time.Duration(50+mrand.IntN(200))*time.Millisecond, func() { cmd.Process.Kill() })
+		begun := mrand.IntN(4) == 0
+		if !begun {
+			kill.Reset(20 * time.Second)
+		}
 		var other []string
 		for sc := bufio.NewScanner(out); sc.Scan(); {
 			var w, step int
 			if n, _ := fmt.Sscanf(sc.Text(), "ack %d %d", &w, &step); n == 2 {
 				acked[w] = max(acked[w], step)
 				total++
+				if !begun {
+					begun = true
+					kill.Reset(time.Duration(mrand.IntN(300)) * time.Millisecond)
+				}
 			} else if len(other) < 20 {
 				other = append(other, sc.Text())
 			}

@@ -178,8 +178,8 @@ func TestAnOldDatabaseIsMadeAnew(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			for i := range r.members() {
-				if err := s.cfg.Members[i].Location.Delete(ctx, r.name(i)); err != nil {
+			for i, m := range r.members() {
+				if err := s.memberAt(m).Location.Delete(ctx, r.name(i)); err != nil {
 					return err
 				}
 			}
