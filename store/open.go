@@ -36,6 +36,7 @@ type Config struct {
 	DegradedWrites bool
 	// Fragile allows what Placement refuses: a farm without which nothing can be written, or that can read alone.
 	Fragile   bool
+	Upkeep    Upkeep
 	Timeout   time.Duration // how long an Update waits; 0 means 10 s
 	Heartbeat time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
 	Snapshot  int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB

@@ -1,0 +1,137 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"time"
+
+	"holdfast/disperse"
+)
+
+// Rewrap seals the keys of all segments under the store key of the newest epoch that is here, without touching what they
+// seal. It returns how many it changed and how many could not be, since too few locations answer: it may be repeated.
+func (s *Store) Rewrap(ctx context.Context) (changed, left int, err error) {
+	for from := ownKey(tableBlock); from != nil; {
+		type entry struct {
+			key, was []byte
+			made     []byte
+		}
+		var page []entry
+		err := s.view(ctx, func(v *view) error {
+			c := v.scan(from, ownKey(tableSegment+1), 0)
+			from = nil
+			for c.Next() {
+				k := c.Key()
+				if k[1] != tableBlock && k[1] != tableSegment || k[1] == tableSegment && c.Value()[0] != inSegment {
+					if k[1] > tableBlock && k[1] < tableSegment {
+						from = ownKey(tableSegment)
+						break
+					}
+					continue
+				}
+				if len(page) == 128 {
+					from = bytes.Clone(k)
+					break
+				}
+				page = append(page, entry{key: bytes.Clone(k), was: bytes.Clone(c.Value())})
+			}
+			return c.Close()
+		})
+		if err != nil {
+			return changed, left, fmt.Errorf("rewrap: %w", err)
+		}
+		n := 0
+		for i := range page {
+			e := &page[i]
+			b, block := e.was, e.key[1] == tableBlock
+			if !block {
+				b = b[1:]
+			}
+			r, err := parseRecord(b)
+			if err != nil {
+				return changed, left, fmt.Errorf("rewrap: %w", err)
+			}
+			if r.Secret || r.Key >= s.keys.Epoch {
+				continue
+			}
+			if err := s.rewrapOne(ctx, &r); err != nil {
+				s.log.Warn("rewrap", "segment", r.ID, "error", err)
+				left++
+				continue
+			}
+			if e.made = appendRecord(nil, &r); !block {
+				e.made = appendRecord([]byte{inSegment}, &r)
+			}
+			n++
+		}
+		if n == 0 {
+			continue
+		}
+		err = s.update(ctx, func(t *tx) error {
+			for _, e := range page {
+				now, ok, err := t.get(e.key)
+				if err != nil {
+					return err
+				}
+				if e.made != nil && ok && bytes.Equal(now, e.was) {
+					t.set(e.key, e.made)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return changed, left, fmt.Errorf("rewrap: %w", err)
+		}
+		changed += n
+	}
+	if changed > 0 {
+		s.wantSnapshot()
+	}
+	return changed, left, nil
+}
+
+// rewrapOne reads k shares, which are 32 bytes of each shard.
+func (s *Store) rewrapOne(ctx context.Context, r *record) error {
+	coder, err := s.coder(r.Scheme)
+	if err != nil {
+		return err
+	}
+	old, err := s.keys.store(r.Key)
+	if err != nil {
+		return err
+	}
+	key, err := s.keys.store(s.keys.Epoch)
+	if err != nil {
+		return err
+	}
+	shares, have := make([][]byte, r.Scheme.N), 0
+	var why error
+	for _, i := range s.order(r) {
+		if have == r.Scheme.K {
+			break
+		}
+		m := s.memberAt(r.Members[i])
+		if m.Location == nil {
+			continue
+		}
+		b := make([]byte, disperse.ShareSize)
+		begin := time.Now()
+		if err := m.Location.Get(ctx, r.Names[i], int64(coder.ShareOffset(int(r.Size))), b); err != nil {
+			m.answered(err, time.Since(begin))
+			why = err
+			continue
+		}
+		shares[i] = b
+		have++
+	}
+	if have < r.Scheme.K {
+		return fmt.Errorf("%d of %d shares: %w", have, r.Scheme.K, why)
+	}
+	w, err := coder.Rewrap(r.ID, old, key, r.Wrap, shares)
+	if err != nil {
+		return err
+	}
+	r.Wrap, r.Key = w, s.keys.Epoch
+	return nil
+}
