@@ -435,3 +435,78 @@ func TestPhraseAndFileOfKeys(t *testing.T) {
 		t.Error("a file that others may read was taken")
 	}
 }
+
+// Locations fail before and after what they do, and take their time, all of them, again and again; front ends come and go.
+// What was acknowledged is there, once.
+func TestLocationsThatFailAtRandom(t *testing.T) {
+	ctx := t.Context()
+	b := newBed(t, 4, 6)
+	b.change = func(c *Config) { c.Snapshot = 100 << 10; c.Timeout = 3 * time.Second }
+	whim := func(ctx context.Context, op string) error {
+		switch mrand.IntN(50) {
+		case 0:
+			return errFault
+		case 1:
+			return location.ErrBusy
+		case 2, 3:
+			time.Sleep(time.Duration(mrand.IntN(10)) * time.Millisecond)
+		}
+		return nil
+	}
+	calm := func() {
+		for _, f := range b.faults {
+			f.set(nil, nil)
+		}
+	}
+	var acked [crashWorkers]int
+	s := b.open()
+	for round := range 6 {
+		for _, f := range b.faults {
+			f.set(whim, whim)
+		}
+		run, stop := context.WithCancel(ctx)
+		ran := make(chan error, 1)
+		go func() { ran <- s.Run(run) }()
+		var wg sync.WaitGroup
+		gone := make(chan struct{})
+		for w := range crashWorkers {
+			wg.Go(func() {
+				for {
+					select {
+					case <-gone:
+						return
+					default:
+					}
+					if err := crashStep(ctx, s, w, acked[w]+1); err != nil {
+						return // whether it happened nobody knows; crashCheck looks
+					}
+					acked[w]++
+				}
+			})
+		}
+		time.Sleep(300 * time.Millisecond)
+		if round%2 == 0 {
+			s.Close() // in the middle
+		}
+		close(gone)
+		wg.Wait()
+		stop()
+		<-ran
+		s.Close()
+		calm()
+		if round%3 == 0 {
+			s = b.restored()
+		} else {
+			s = b.opened()
+		}
+		crashCheck(t, s, &acked)
+	}
+	total := 0
+	for _, n := range acked {
+		total += n
+	}
+	if total < 100 {
+		t.Errorf("%d changes: nothing was tried", total)
+	}
+	t.Logf("%d changes", total)
+}
