@@ -1,0 +1,501 @@
+package location
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"time"
+)
+
+// Limits of a server. Strangers have only the places of handshakes; the places of a key are its own.
+const (
+	maxHandshakes = 128
+	handshakeTime = 10 * time.Second
+	idleTime      = 2 * time.Minute
+	graceTime     = 5 * time.Second
+	maxProofs     = 4 // challenges at work at once
+)
+
+// Key is one that may connect.
+type Key struct {
+	Pin    Pin
+	Rights Rights
+}
+
+// Store is one that keeps shards here.
+type Store struct {
+	Name  string // names its directory
+	Keys  []Key
+	Quota Quota
+}
+
+// ServerConfig configures a Server.
+type ServerConfig struct {
+	Listener    net.Listener // closed by Run
+	Certificate tls.Certificate
+	Path        string // each store has a directory in it
+	Stores      []Store
+	Hold        time.Duration // as in Config
+	MaxRetain   time.Duration
+	Scrub       int64            // bytes a second, of each store
+	Conns       int              // connections of one key; 0 means 64
+	Now         func() time.Time // nil is time.Now
+	Log         *slog.Logger     // nil discards
+}
+
+var storeName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+
+// client is a key that may connect.
+type client struct {
+	store  int
+	rights Rights
+	conns  map[*conn]struct{}
+}
+
+// Server serves the directories of several stores over TLS. Strangers' handshakes fail; they learn the server's
+// certificate.
+type Server struct {
+	cfg    ServerConfig
+	log    *slog.Logger
+	dirs   []*Dir
+	proofs chan struct{}
+
+	mu      sync.Mutex
+	clients map[Pin]*client
+	hello   map[*conn]struct{}   // in their handshake
+	from    map[netip.Prefix]int // of these
+	ending  bool
+}
+
+// conn is one connection. All but raw is guarded by Server.mu.
+type conn struct {
+	raw  net.Conn
+	from netip.Prefix
+	at   time.Time // of its acceptance, or of the end of its last request
+	busy bool
+}
+
+// NewServer checks the configuration.
+func NewServer(cfg ServerConfig) (*Server, error) {
+	s := &Server{
+		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), clients: map[Pin]*client{}, hello: map[*conn]struct{}{}, from: map[netip.Prefix]int{},
+		proofs: make(chan struct{}, maxProofs),
+	}
+	s.cfg.Conns = cmp.Or(cfg.Conns, 64)
+	if cfg.Listener == nil || len(cfg.Certificate.Certificate) == 0 {
+		return nil, errors.New("location: neither listener nor certificate")
+	}
+	names := map[string]bool{}
+	for i, st := range cfg.Stores {
+		if !storeName.MatchString(st.Name) || names[st.Name] {
+			return nil, fmt.Errorf("location: store %q: not a name, or there twice", st.Name)
+		}
+		names[st.Name] = true
+		for _, k := range st.Keys {
+			if s.clients[k.Pin] != nil {
+				return nil, fmt.Errorf("location: store %s: key %v is there twice", st.Name, k.Pin)
+			}
+			s.clients[k.Pin] = &client{store: i, rights: k.Rights, conns: map[*conn]struct{}{}}
+		}
+	}
+	return s, nil
+}
+
+// Run serves until ctx ends. Requests that are under way then have a few seconds.
+func (s *Server) Run(ctx context.Context) error {
+	defer s.cfg.Listener.Close()
+	defer func() {
+		for _, d := range s.dirs {
+			d.Close()
+		}
+	}()
+	root := filepath.Join(s.cfg.Path, "stores")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return fmt.Errorf("location %s: %w", s.cfg.Path, err)
+	}
+	for _, st := range s.cfg.Stores {
+		d, err := Open(Config{
+			Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: s.cfg.Hold, MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
+		})
+		if err != nil {
+			return err
+		}
+		s.dirs = append(s.dirs, d)
+	}
+	if err := syncDir(root); err != nil {
+		return fmt.Errorf("location %s: %w", s.cfg.Path, err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var keep, serve sync.WaitGroup
+	for _, d := range s.dirs {
+		keep.Go(func() { d.Run(ctx) })
+	}
+	stop := context.AfterFunc(ctx, func() { s.cfg.Listener.Close() })
+	defer stop()
+	err := s.accept(ctx, &serve)
+	cancel()
+	s.end(&serve)
+	keep.Wait()
+	return err
+}
+
+func (s *Server) accept(ctx context.Context, serve *sync.WaitGroup) error {
+	cfg := tlsConfig(s.cfg.Certificate, func(p Pin) bool { return s.clients[p] != nil })
+	wait := 5 * time.Millisecond
+	for {
+		raw, err := s.cfg.Listener.Accept()
+		switch {
+		case ctx.Err() != nil:
+			if raw != nil {
+				raw.Close()
+			}
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("accept: %w", err)
+		case err != nil: // descriptors ran out, most likely
+			time.Sleep(wait)
+			wait = min(2*wait, time.Second)
+			continue
+		}
+		wait = 5 * time.Millisecond
+		c := &conn{raw: raw, from: place(raw.RemoteAddr()), at: time.Now()}
+		s.greet(c)
+		serve.Go(func() {
+			defer raw.Close()
+			s.serve(ctx, c, cfg)
+		})
+	}
+}
+
+// place is where a connection comes from, as far as an address tells: one machine, or one network of IPv6.
+func place(a net.Addr) netip.Prefix {
+	ap, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return netip.Prefix{}
+	}
+	ip, bits := ap.Addr().Unmap().WithZone(""), 32
+	if ip.Is6() {
+		bits = 64
+	}
+	p, _ := ip.Prefix(bits)
+	return p
+}
+
+// greet gives a newcomer a place. When there is none the oldest goes of those places that have the most: to refuse the
+// newcomer would let whoever says nothing lock out the others.
+func (s *Server) greet(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ending {
+		c.raw.Close()
+	}
+	if len(s.hello) >= maxHandshakes {
+		var out *conn
+		for q := range s.hello {
+			if out == nil || s.from[q.from] > s.from[out.from] || s.from[q.from] == s.from[out.from] && q.at.Before(out.at) {
+				out = q
+			}
+		}
+		s.forget(out)
+		out.raw.Close()
+	}
+	s.hello[c] = struct{}{}
+	s.from[c.from]++
+}
+
+// forget ends the handshake's claim to a place.
+func (s *Server) forget(c *conn) {
+	if _, ok := s.hello[c]; !ok {
+		return
+	}
+	delete(s.hello, c)
+	if s.from[c.from]--; s.from[c.from] == 0 {
+		delete(s.from, c.from)
+	}
+}
+
+// welcome moves a connection to those of its key; the idlest of these goes when there are too many. False: all are busy.
+func (s *Server) welcome(c *conn, cl *client) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forget(c)
+	if len(cl.conns) >= s.cfg.Conns {
+		var out *conn
+		for q := range cl.conns {
+			if !q.busy && (out == nil || q.at.Before(out.at)) {
+				out = q
+			}
+		}
+		if out == nil {
+			return false
+		}
+		delete(cl.conns, out)
+		out.raw.Close()
+	}
+	c.at = time.Now()
+	cl.conns[c] = struct{}{}
+	return !s.ending
+}
+
+// work marks the begin and the end of a request; false when the server ends.
+func (s *Server) work(c *conn, busy bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.busy, c.at = busy, time.Now()
+	return !s.ending
+}
+
+// end closes what is idle, waits for the rest, and closes that.
+func (s *Server) end(serve *sync.WaitGroup) {
+	closeAll := func(busy bool) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.ending = true
+		for c := range s.hello {
+			c.raw.Close()
+		}
+		for _, cl := range s.clients {
+			for c := range cl.conns {
+				if busy || !c.busy {
+					c.raw.Close()
+				}
+			}
+		}
+	}
+	closeAll(false)
+	t := time.AfterFunc(graceTime, func() { closeAll(true) })
+	serve.Wait()
+	t.Stop()
+}
+
+func (s *Server) serve(ctx context.Context, c *conn, cfg *tls.Config) {
+	w := newWire(c.raw)
+	t := tls.Server(w, cfg)
+	c.raw.SetDeadline(time.Now().Add(handshakeTime))
+	err := t.HandshakeContext(ctx)
+	if err != nil {
+		w.w.Flush() // the alert
+	}
+	s.mu.Lock()
+	var cl *client
+	if err == nil {
+		cl = s.clients[pinOf(t.ConnectionState())]
+	} else {
+		s.forget(c)
+	}
+	s.mu.Unlock()
+	if cl == nil {
+		s.log.Debug("handshake", "from", c.raw.RemoteAddr(), "error", err)
+		return
+	}
+	if !s.welcome(c, cl) {
+		return
+	}
+	defer func() {
+		s.mu.Lock()
+		delete(cl.conns, c)
+		s.mu.Unlock()
+	}()
+	d := s.dirs[cl.store]
+	h := &handler{s: s, d: d, rights: cl.rights, t: t, w: w, c: c}
+	if err := h.run(); err != nil && !errors.Is(err, io.EOF) {
+		s.log.Debug("connection ended", "from", c.raw.RemoteAddr(), "error", err)
+	}
+}
+
+// handler answers the requests of one connection.
+type handler struct {
+	s      *Server
+	d      *Dir
+	rights Rights
+	t      net.Conn // TLS
+	w      *wire    // below it
+	c      *conn
+	head   [requestSize]byte
+}
+
+func (h *handler) run() error {
+	for {
+		// Idle until the first byte comes; the rest of the request's head is not far.
+		h.c.raw.SetDeadline(time.Now().Add(idleTime))
+		if _, err := io.ReadFull(h.t, h.head[:]); err != nil {
+			return err
+		}
+		r, err := parseRequest(h.head[:])
+		if err != nil {
+			return err
+		}
+		if !h.s.work(h.c, true) {
+			return nil
+		}
+		h.c.raw.SetDeadline(time.Now().Add(deadlineFor(int64(r.size) + int64(min(r.b, MaxShard)))))
+		if err := h.answer(r); err != nil {
+			return err
+		}
+		if err := h.w.w.Flush(); err != nil {
+			return err
+		}
+		if !h.s.work(h.c, false) {
+			return nil
+		}
+	}
+}
+
+// body counts what is left of a request's body.
+type body struct {
+	r    io.Reader
+	left int64
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := b.r.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	return n, err
+}
+
+// answer answers one request. Its error ends the connection.
+func (h *handler) answer(r request) error {
+	s := &Session{d: h.d, rights: h.rights, epoch: r.epoch}
+	ctx := context.Background() // what was begun is done; the deadline bounds the transfer
+	if r.op == opPut {
+		b := &body{h.t, int64(r.size)}
+		err := s.may(Write)
+		if err == nil {
+			err = h.d.put(r.epoch, r.name, int64(r.size), b, until(r.a))
+		}
+		if b.left > 0 { // refused before it was read
+			if err := discard(b, b.left); err != nil {
+				return err
+			}
+		}
+		return h.reply(0, nil, err)
+	}
+	if r.op == opGet {
+		return h.get(s, r)
+	}
+	in := make([]byte, r.size)
+	if _, err := io.ReadFull(h.t, in); err != nil {
+		return err
+	}
+	var err error
+	var out []byte
+	var value uint64
+	switch r.op {
+	case opAnnounce:
+		err = s.Announce(ctx, r.epoch, Holder(in))
+	case opStat:
+		var i Info
+		if i, err = s.Stat(ctx, r.name); err == nil {
+			out = appendInfo(nil, i)
+		}
+	case opList:
+		var page []Info
+		var next Name
+		page, next, err = s.List(ctx, r.name, Which(min(r.a, 255)))
+		for _, i := range page {
+			out = appendInfo(out, i)
+		}
+		if next != (Name{}) { // it goes on there
+			value = 1
+			out = append(out, next[:]...)
+		}
+	case opDelete:
+		err = s.Delete(ctx, r.name)
+	case opUndelete:
+		err = s.Undelete(ctx, r.name)
+	case opPurge:
+		err = s.Purge(ctx, r.name)
+	case opRetain:
+		err = s.Retain(ctx, r.name, until(r.a))
+	case opPutHead:
+		err = s.PutHead(ctx, r.a, in)
+	case opHead:
+		var hd Head
+		if hd, err = s.Head(ctx); err == nil {
+			value = hd.Sequence
+			out = append(binary.BigEndian.AppendUint64(nil, uint64(hd.Epoch)), hd.Bytes...)
+		}
+	case opProve:
+		leaves := make([]int, len(in)/4)
+		for i := range leaves {
+			leaves[i] = int(binary.BigEndian.Uint32(in[4*i:]))
+		}
+		h.s.proofs <- struct{}{}
+		var p Proof
+		p, err = s.Prove(ctx, r.name, leaves)
+		<-h.s.proofs
+		value, out = uint64(p.Size), appendProof(nil, p)
+	case opStatus:
+		var st Status
+		if st, err = s.Status(ctx); err == nil {
+			out = appendStatus(nil, st)
+		}
+	}
+	return h.reply(value, out, err)
+}
+
+// reply writes the only or last frame.
+func (h *handler) reply(value uint64, out []byte, err error) error {
+	f := frame{value: value}
+	if err != nil {
+		var text string
+		f.status, text = statusOf(err)
+		f.value, out = 0, []byte(text)
+		if f.status == statusBusy && !errors.Is(err, ErrBusy) {
+			h.s.log.Warn("a request went wrong", "error", err)
+		}
+	}
+	f.size = uint32(len(out))
+	b := make([]byte, frameSize, frameSize+len(out))
+	f.put(b)
+	_, err = h.t.Write(append(b, out...))
+	return err
+}
+
+// get answers in pieces that were checked before they are sent.
+func (h *handler) get(s *Session, r request) error {
+	if err := s.may(Read); err != nil {
+		return h.reply(0, nil, err)
+	}
+	if r.a > MaxShard || r.b > MaxShard {
+		return h.reply(0, nil, ErrSize)
+	}
+	f, err := h.d.openShard(r.name, false)
+	if err != nil {
+		return h.reply(0, nil, err)
+	}
+	defer f.close()
+	if int64(r.a+r.b) > int64(f.e.size) {
+		return h.reply(0, nil, ErrSize)
+	}
+	buf := h.d.pieces.Get().(*[]byte)
+	defer h.d.pieces.Put(buf)
+	for off, left := int64(r.a), int64(r.b); ; {
+		// The first piece ends at a block's end, that no block is read twice.
+		n := min(left, pieceSize-blockSize-off%blockSize)
+		p := (*buf)[:frameSize+n]
+		if err := f.readAt(p[frameSize:], off); err != nil {
+			return h.reply(0, nil, err)
+		}
+		off, left = off+n, left-n
+		frame{more: left > 0, size: uint32(n)}.put(p)
+		if _, err := h.t.Write(p); err != nil || left == 0 {
+			return err
+		}
+	}
+}
