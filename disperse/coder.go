@@ -6,7 +6,6 @@ import (
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"math/bits"
@@ -109,13 +108,11 @@ func (c *Coder) read(b []byte) error {
 	return err
 }
 
-const (
-	labelWrap    = "holdfast segment wrap v1"
-	labelSegment = "holdfast segment v1"
-)
+const labelWrap = "holdfast segment wrap v1"
 
 // wrapper seals segment keys under the shared secret and a store key together. Either alone is as good as nothing: to who
-// lacks the store key the extraction is a PRF under it, to who lacks the secret it extracts from 256 uniform bits.
+// lacks the store key the extraction is a PRF under it, to who lacks the secret it extracts from 256 uniform bits. The wrap
+// binds the segment to its ID and scheme, and the segment's own sealing its length: neither needs data beside.
 func (c *Coder) wrapper(w *work, id ID, key *Key) (cipher.AEAD, error) {
 	w.info = append(append(append(w.info[:0], labelWrap...), id[:]...), byte(c.scheme.K), byte(c.scheme.N))
 	kek, err := hkdf.Key(sha256.New, w.secret[:], key[:], string(w.info), 32)
@@ -132,12 +129,6 @@ func aead(key []byte) (cipher.AEAD, error) {
 		return nil, err
 	}
 	return cipher.NewGCM(b)
-}
-
-func (c *Coder) bound(w *work, id ID, length int) []byte {
-	w.info = append(append(append(w.info[:0], labelSegment...), id[:]...), byte(c.scheme.K), byte(c.scheme.N))
-	w.info = binary.BigEndian.AppendUint32(w.info, uint32(length))
-	return w.info
 }
 
 // Encoded is a segment's shards, which may be sent and read until Release.
@@ -229,7 +220,7 @@ func (c *Coder) encode(e *Encoded, w *work, id ID, key *Key, places []Place, pla
 	if err != nil {
 		return err
 	}
-	sealed := a.Seal(all[:0], w.nonce[:], plain, c.bound(w, id, len(plain)))
+	sealed := a.Seal(all[:0], w.nonce[:], plain, nil)
 	// What is behind the ciphertext shall look like it, so that its end cannot be seen.
 	if err := stream(padding, all[len(sealed):]); err != nil {
 		return err
@@ -330,7 +321,7 @@ func (c *Coder) Decode(dst []byte, id ID, key *Key, wrap Wrap, length int, shard
 		}
 	}
 	at := dst[len(dst) : len(dst)+end]
-	if _, err := a.Open(at[:0], w.nonce[:], at, c.bound(w, id, length)); err != nil {
+	if _, err := a.Open(at[:0], w.nonce[:], at, nil); err != nil {
 		return nil, fmt.Errorf("segment %v: %w", id, ErrAuth)
 	}
 	return dst[:len(dst)+length], nil

@@ -136,7 +136,8 @@ func TestEveryRangeIsProved(t *testing.T) {
 	}
 }
 
-// FuzzVerify looks for data that a name proves and that are not its shard's.
+// FuzzVerify looks for data that a name proves and that are not its shard's. The data are a piece of the shard, perhaps with
+// other bytes behind, so that what the fuzzer keeps is small.
 func FuzzVerify(f *testing.F) {
 	b := bytesOf(5, 5*LeafSize+100)
 	tree := treeOf(f, b)
@@ -146,17 +147,17 @@ func FuzzVerify(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		f.Add(int64(len(b)), first, b[first*LeafSize:min(len(b), (first+1)*LeafSize)], proof)
+		f.Add(int64(len(b)), first, first*LeafSize, LeafSize, []byte(nil), proof)
 	}
-	f.Add(int64(len(b)), 0, b, []byte(nil))
-	f.Add(int64(1)<<62, 1<<40, []byte{1}, []byte{2})
-	f.Add(int64(-1), -1, []byte(nil), []byte(nil))
-	f.Fuzz(func(t *testing.T, size int64, first int, data, proof []byte) {
+	f.Add(int64(len(b)), 0, 0, len(b), []byte(nil), []byte(nil))
+	f.Add(int64(1)<<62, 1<<40, 0, 0, []byte{1}, []byte{2})
+	f.Add(int64(-1), -1, 0, 0, []byte(nil), []byte(nil))
+	f.Fuzz(func(t *testing.T, size int64, first, from, n int, more, proof []byte) {
+		from = max(0, min(from, len(b)))
+		n = max(0, min(n, len(b)-from))
+		data := append(bytes.Clone(b[from:from+n]), more...)
 		if err := Verify(name, size, first, data, proof); err == nil && (size != int64(len(b)) || !bytes.Equal(data, b[first*LeafSize:min(len(b), first*LeafSize+len(data))])) {
 			t.Fatal("other data are proved")
-		}
-		if n, err := NameOf(data); err != nil || n != rootByHand(data) {
-			t.Fatalf("name %v, %v", n, err)
 		}
 	})
 }
