@@ -112,6 +112,7 @@ func (a *app) runCmd() *cobra.Command {
 				{"key", "`file` with its TLS key, made when there is none", &c.Key, false}, {"listen", "public `address`", &c.Listen, false},
 			}
 		}, runGateway),
+		a.s3Cmd(),
 		hidden("init", "Process 1 of a box", func(context.Context, []string) error { return box.Init() }),
 		// A shim and a volume server outlive the agent and its signals; they handle their own.
 		hidden("shim DIR", "The process around one sandbox", func(_ context.Context, args []string) error {

@@ -226,10 +226,10 @@ func (b *objects) write(class string, s *source, size int64, exact bool) (store.
 			return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
 		}
 		return body, b.answer(s.err)
-	case err == nil && (s.cut || exact && s.n != size):
-		b.store.Discard(body)
-		return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
-	case err != nil && s.cut:
+	case s.cut || exact && s.ended && s.n != size:
+		if err == nil {
+			b.store.Discard(body)
+		}
 		return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
 	}
 	return body, b.answer(err)

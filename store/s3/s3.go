@@ -21,6 +21,7 @@ import (
 	"github.com/versity/versitygw/backend"
 	"github.com/versity/versitygw/debuglogger"
 	"github.com/versity/versitygw/embedgw"
+	"github.com/versity/versitygw/s3api"
 	"github.com/versity/versitygw/s3err"
 
 	"holdfast/store"
@@ -33,11 +34,13 @@ type Config struct {
 	Listen string // host:port
 	// Certificate and Key are files in PEM; without them there is no TLS.
 	Certificate, Key string
-	Access, Secret   string   // of the account that may do everything
-	Seal             [32]byte // seals the secrets of other users
+	Reload           <-chan struct{} // has them read again
+	Access, Secret   string          // of the account that may do everything
+	Seal             [32]byte        // seals the secrets of other users
 	// Expire ends uploads that were not completed; 0 means 7 days.
 	Expire time.Duration
 	Region string       // "" means us-east-1
+	Ready  func()       // is called when the server listens; nil is nothing
 	Log    *slog.Logger // nil discards
 }
 
@@ -58,10 +61,15 @@ func Run(ctx context.Context, cfg Config) error {
 	ctx, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { b.runExpiry(ctx, cfg.Expire) })
+	var options []s3api.Option
+	if cfg.Ready != nil {
+		options = append(options, s3api.WithOnListen(cfg.Ready))
+	}
 	err = embedgw.RunVersityGW(ctx, b, &embedgw.Config{
 		RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
 		CertFile: cfg.Certificate, KeyFile: cfg.Key, KeepAlive: true, Quiet: true, LogLevel: debuglogger.LevelSilent,
 		MaxConnections: maxConnections, MaxRequests: maxRequests, MultipartMaxParts: maxParts,
+		SigHup: cfg.Reload, S3Options: options,
 	})
 	stop()
 	wg.Wait()

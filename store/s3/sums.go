@@ -87,6 +87,7 @@ type source struct {
 	other   *utils.HashReader          // of another algorithm, in r; nil if there is none
 	trailer middlewares.ChecksumReader // checks itself what the client says at the end; nil if it does not
 	n       int64
+	ended   bool  // r said so
 	cut     bool  // the client went away
 	err     error // of r
 }
@@ -126,6 +127,7 @@ func (s *source) Read(p []byte) (int, error) {
 		s.cut = true
 		err = io.EOF // a wrong checksum is the better answer
 	}
+	s.ended = s.ended || err == io.EOF
 	if err == io.EOF && s.want != "" && s.crc64() != s.want {
 		err = s3err.GetChecksumBadDigestErr(types.ChecksumAlgorithmCrc64nvme)
 	}
