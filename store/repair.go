@@ -276,21 +276,27 @@ func (s *Store) settle(ctx context.Context, cases []repairCase) error {
 	moved := false
 	err := s.update(ctx, func(t *tx) error {
 		s.noteMembers(t)
+		// One that was dropped, or that somebody else has changed, is looked at again. What was made is for the sweep to find.
 		for i := range cases {
 			c := &cases[i]
 			if c.made == nil && !c.done {
 				continue
 			}
+			if c.was != nil {
+				now, _, err := t.get(c.at)
+				if err != nil {
+					return err
+				}
+				if !bytes.Equal(now, c.was) {
+					c.made, c.old, c.done = nil, nil, false
+					continue
+				}
+			}
 			t.delete(append(ownKey(tableQueue), c.key...))
+		}
+		for i := range cases {
+			c := &cases[i]
 			if c.made == nil {
-				continue
-			}
-			now, ok, err := t.get(c.at)
-			if err != nil {
-				return err
-			}
-			if !ok || !bytes.Equal(now, c.was) {
-				c.old = nil // it was dropped, or somebody else was faster: the sweep finds what was made
 				continue
 			}
 			t.set(c.at, c.value(c.made))
