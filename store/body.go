@@ -14,7 +14,7 @@ import (
 
 const (
 	smallBody    = 64 << 10 // bodies up to this lie in blocks
-	segmentSize  = 4 << 20
+	segmentSize  = 2 << 20
 	leastSegment = 1 << 20  // when many bodies are written at once
 	inFlight     = 3        // segments of a body
 	writeMemory  = 96 << 20 // plain bytes of all bodies that are being written
