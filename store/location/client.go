@@ -123,7 +123,7 @@ type answer struct {
 
 // do makes a request. into, if it is not nil, takes the answer's body, which must fill it. Every request may be made
 // twice, so that a connection which the location has closed meanwhile is no error.
-func (c *Client) do(ctx context.Context, r request, body, into []byte) (answer, error) {
+func (c *Client) do(ctx context.Context, r request, into []byte, body ...[]byte) (answer, error) {
 	if err := ctx.Err(); err != nil {
 		return answer{}, err
 	}
@@ -143,7 +143,7 @@ func (c *Client) do(ctx context.Context, r request, body, into []byte) (answer, 
 			return answer{}, fmt.Errorf("location %s: %w", c.cfg.Addr, err)
 		}
 		again := l.used
-		a, err := l.ask(ctx, r, body, into)
+		a, err := l.ask(ctx, r, into, body...)
 		var of *remote
 		if err == nil || errors.As(err, &of) {
 			c.give(l)
@@ -159,8 +159,12 @@ func (c *Client) do(ctx context.Context, r request, body, into []byte) (answer, 
 	}
 }
 
-func (l *link) ask(ctx context.Context, r request, body, into []byte) (a answer, err error) {
-	l.raw.SetDeadline(time.Now().Add(deadlineFor(int64(len(body) + len(into)))))
+func (l *link) ask(ctx context.Context, r request, into []byte, body ...[]byte) (a answer, err error) {
+	size := 0
+	for _, b := range body {
+		size += len(b)
+	}
+	l.raw.SetDeadline(time.Now().Add(deadlineFor(int64(size + len(into)))))
 	if ctx.Done() != nil {
 		stop := context.AfterFunc(ctx, func() { l.raw.SetDeadline(time.Unix(1, 0)) })
 		defer func() {
@@ -169,13 +173,22 @@ func (l *link) ask(ctx context.Context, r request, body, into []byte) (a answer,
 			}
 		}()
 	}
-	r.size = uint32(len(body))
+	r.size = uint32(size)
 	r.put(l.buf[:])
-	n := requestSize + copy(l.buf[requestSize:], body)
-	if _, err = l.t.Write(l.buf[:n]); err == nil && n-requestSize < len(body) {
-		_, err = l.t.Write(body[n-requestSize:])
+	n := requestSize
+	for _, b := range body {
+		m := copy(l.buf[n:], b)
+		if n += m; m == len(b) {
+			continue
+		}
+		if _, err = l.t.Write(l.buf[:n]); err == nil {
+			_, err = l.t.Write(b[m:])
+		}
+		if n = 0; err != nil {
+			return a, err
+		}
 	}
-	if err != nil {
+	if _, err = l.t.Write(l.buf[:n]); err != nil {
 		return a, err
 	}
 	have := 0
@@ -215,13 +228,13 @@ func (l *link) ask(ctx context.Context, r request, body, into []byte) (a answer,
 // simple makes a request whose answer says nothing.
 func (c *Client) simple(ctx context.Context, op string, r request, body []byte) error {
 	r.epoch = Epoch(c.epoch.Load())
-	_, err := c.do(ctx, r, body, nil)
+	_, err := c.do(ctx, r, nil, body)
 	return named(op, r.name, err)
 }
 
 // Announce implements Location.
 func (c *Client) Announce(ctx context.Context, e Epoch, h Holder) error {
-	if _, err := c.do(ctx, request{op: opAnnounce, epoch: e}, h[:], nil); err != nil {
+	if _, err := c.do(ctx, request{op: opAnnounce, epoch: e}, nil, h[:]); err != nil {
 		return fmt.Errorf("announce epoch %d: %w", e, err)
 	}
 	c.epoch.Store(uint64(e))
@@ -244,13 +257,13 @@ func (c *Client) Get(ctx context.Context, n Name, off int64, p []byte) error {
 	if p == nil {
 		p = []byte{}
 	}
-	_, err := c.do(ctx, request{op: opGet, name: n, a: uint64(off), b: uint64(len(p))}, nil, p)
+	_, err := c.do(ctx, request{op: opGet, name: n, a: uint64(off), b: uint64(len(p))}, p)
 	return named("get", n, err)
 }
 
 // Stat implements Location.
 func (c *Client) Stat(ctx context.Context, n Name) (Info, error) {
-	a, err := c.do(ctx, request{op: opStat, name: n}, nil, nil)
+	a, err := c.do(ctx, request{op: opStat, name: n}, nil)
 	if err != nil {
 		return Info{}, named("stat", n, err)
 	}
@@ -263,7 +276,7 @@ func (c *Client) Stat(ctx context.Context, n Name) (Info, error) {
 
 // List implements Location. Names come in order, whatever the location says.
 func (c *Client) List(ctx context.Context, from Name, which Which) (page []Info, next Name, err error) {
-	a, err := c.do(ctx, request{op: opList, name: from, a: uint64(which)}, nil, nil)
+	a, err := c.do(ctx, request{op: opList, name: from, a: uint64(which)}, nil)
 	if err == nil {
 		page, next, err = parsePage(from, a)
 	}
@@ -298,7 +311,7 @@ func (c *Client) PutHead(ctx context.Context, sequence uint64, signed []byte) er
 	e := c.epoch.Load()
 	err := ErrSize
 	if len(signed) <= MaxHead {
-		_, err = c.do(ctx, request{op: opPutHead, epoch: Epoch(e), a: sequence}, signed, nil)
+		_, err = c.do(ctx, request{op: opPutHead, epoch: Epoch(e), a: sequence}, nil, signed)
 	}
 	if err != nil {
 		return fmt.Errorf("put head %d of epoch %d: %w", sequence, e, err)
@@ -306,9 +319,19 @@ func (c *Client) PutHead(ctx context.Context, sequence uint64, signed []byte) er
 	return nil
 }
 
+// Append implements Location.
+func (c *Client) Append(ctx context.Context, n Name, shard []byte, sequence uint64, signed []byte) error {
+	e := Epoch(c.epoch.Load())
+	err := ErrSize
+	if len(signed) <= MaxHead && len(shard) <= MaxShard {
+		_, err = c.do(ctx, request{op: opAppend, epoch: e, name: n, a: sequence, b: uint64(len(signed))}, nil, signed, shard)
+	}
+	return appended(n, e, sequence, err)
+}
+
 // Head implements Location.
 func (c *Client) Head(ctx context.Context) (Head, error) {
-	a, err := c.do(ctx, request{op: opHead}, nil, nil)
+	a, err := c.do(ctx, request{op: opHead}, nil)
 	if err == nil && (len(a.body) < 8 || len(a.body) > 8+MaxHead) {
 		err = errWire
 	}
@@ -327,7 +350,7 @@ func (c *Client) Prove(ctx context.Context, n Name, leaves []int) (p Proof, err 
 	for _, l := range leaves {
 		body = binary.BigEndian.AppendUint32(body, uint32(max(l, -1)))
 	}
-	a, err := c.do(ctx, request{op: opProve, name: n}, body, nil)
+	a, err := c.do(ctx, request{op: opProve, name: n}, nil, body)
 	if err == nil {
 		p, err = parseProof(a.value, a.body)
 	}
@@ -336,7 +359,7 @@ func (c *Client) Prove(ctx context.Context, n Name, leaves []int) (p Proof, err 
 
 // Status implements Location.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
-	a, err := c.do(ctx, request{op: opStatus}, nil, nil)
+	a, err := c.do(ctx, request{op: opStatus}, nil)
 	if err == nil {
 		s, err = parseStatus(a.body)
 	}

@@ -1,6 +1,7 @@
 package location
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"errors"
@@ -45,14 +46,16 @@ type entry struct {
 	size, crc       uint32
 	pos             position // of its newest kindShard or kindFile
 	file            uint64   // 0: it is in the log
-	retain, deleted int64    // 0: not
+	put             int64
+	retain, deleted int64 // 0: not
 }
 
 // Dir keeps the shards of one store in a directory, which belongs to it alone.
 type Dir struct {
-	cfg  Config
-	log  *slog.Logger
-	lock *os.File
+	cfg   Config
+	log   *slog.Logger
+	lock  *os.File
+	files *os.File // the directory of files
 
 	mu       sync.RWMutex
 	index    [4096]map[Name]entry // by the first bits, so that lists are in order
@@ -76,6 +79,7 @@ type Dir struct {
 
 	queue    []*change // guarded by mu
 	flushing bool
+	young    Head                // the head, with what the flushing change will do to it
 	out      []byte              // the flushing change's
 	names    map[Name]struct{}   // the flushing change's
 	dirty    map[string]struct{} // directories of files to sync; guarded by mu
@@ -86,16 +90,18 @@ type Dir struct {
 	trees    sync.Pool // *disperse.Tree
 }
 
-// A change becomes one record, if decide wants it when its turn comes.
+// A change becomes one record, if decide wants it when its turn comes, and a head behind it if there is one.
 type change struct {
 	// decide is called with mu held and no other change of that name in the same batch. A nil record is no change.
 	decide func() (*record, error)
 	name   Name
 	body   []byte
-	fills  bool // it is refused when the disk is full
-	bad    bool // the body is known to be rotten, and must not get a checksum that says otherwise
+	head   []byte // the body of a kindHead
+	fills  bool   // it is refused when the disk is full
+	bad    bool   // the body is known to be rotten, and must not get a checksum that says otherwise
 
 	rec  *record
+	then *record // of the head
 	err  error
 	done chan bool // true: lead the next batch
 }
@@ -142,6 +148,9 @@ func (d *Dir) open() error {
 	if err := syncDir(d.cfg.Path); err != nil {
 		return err
 	}
+	if d.files, err = os.Open(filepath.Join(d.cfg.Path, "files")); err != nil {
+		return err
+	}
 	names, err := readDir(filepath.Join(d.cfg.Path, "log"))
 	if err != nil {
 		return err
@@ -165,6 +174,14 @@ func (d *Dir) open() error {
 	return d.tidy()
 }
 
+// doubt is a record behind something wrong, before it is known whether that was synced.
+type doubt struct {
+	r    record
+	off  int64
+	body []byte
+	bad  bool // the body is
+}
+
 // replay applies a segment. Only the last one can have an end that is not whole, since a batch is synced before the next.
 func (d *Dir) replay(id uint32, last bool) error {
 	s, err := openSegment(d.cfg.Path, id)
@@ -178,42 +195,54 @@ func (d *Dir) replay(id uint32, last bool) error {
 		return os.Remove(segmentPath(d.cfg.Path, id))
 	}
 	d.segments[id], d.current = s, s
-	type torn struct {
-		r   record
-		off int64
-	}
-	var doubtful []torn // bodies that are wrong: unfinished, or rotten if something follows
+	// A batch is synced before the next one is written. So what is wrong in the last batch was never acknowledged, and goes
+	// with all that follows it in there; what is wrong before the last batch is rot.
+	var doubtful []doubt
+	torn, before := int64(-1), int64(segmentHead) // where the doubt begins; the end of the record before
 	buf := make([]byte, embedLimit)
 	end, skipped, err := s.each(func(r record, off int64) error {
+		if !r.joined {
+			d.believe(id, doubtful)
+			doubtful, torn = doubtful[:0], -1
+		}
+		if off != before && r.joined && torn < 0 {
+			torn = before
+		}
+		before = off + r.length()
 		var p []byte
+		bad := false
 		if last && r.body() > 0 || r.kind == kindHead || r.kind == kindEpoch {
 			p = buf[:r.body()]
 			switch err := s.read(off, p, r.crc); {
 			case errors.Is(err, ErrRotten):
-				doubtful = append(doubtful, torn{r, off})
-				return nil
+				bad = true
+				if torn < 0 {
+					torn = off
+				}
 			case err != nil:
 				return err
 			}
 		}
-		for _, t := range doubtful {
-			d.apply(&t.r, nil, at(id, t.off))
-			if t.r.kind == kindShard {
-				d.rotten[t.r.name] = struct{}{}
+		if torn >= 0 {
+			if r.kind == kindShard || bad {
+				p = nil
 			}
+			doubtful = append(doubtful, doubt{r, off, slices.Clone(p), bad})
+			return nil
 		}
-		doubtful = doubtful[:0]
 		d.apply(&r, p, at(id, off))
 		return nil
 	})
 	if err != nil {
 		return err
 	}
+	if !last {
+		d.believe(id, doubtful)
+	} else if torn >= 0 {
+		end = torn
+	}
 	if skipped > 0 {
 		d.log.Warn("part of the log is unreadable", "segment", id, "bytes", skipped)
-	}
-	if len(doubtful) > 0 && last {
-		end = doubtful[0].off
 	}
 	if last && end < s.size {
 		if err := errors.Join(s.f.Truncate(end), datasync(s.f)); err != nil {
@@ -222,6 +251,16 @@ func (d *Dir) replay(id uint32, last bool) error {
 	}
 	s.size = end
 	return nil
+}
+
+// believe applies records that were synced, though something before them is wrong.
+func (d *Dir) believe(id uint32, all []doubt) {
+	for _, x := range all {
+		d.apply(&x.r, x.body, at(id, x.off))
+		if x.bad && x.r.kind == kindShard {
+			d.rotten[x.r.name] = struct{}{}
+		}
+	}
 }
 
 // tidy removes files that no record speaks of, and finds those that are missing.
@@ -266,6 +305,9 @@ func (d *Dir) Close() error {
 	for _, s := range d.segments {
 		errs = append(errs, s.f.Close())
 	}
+	if d.files != nil {
+		errs = append(errs, d.files.Close())
+	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
 	}
@@ -286,7 +328,21 @@ func (d *Dir) now() int64 {
 }
 
 func (d *Dir) filePath(id uint64) string {
-	return filepath.Join(d.cfg.Path, "files", fmt.Sprintf("%08x", id/fanOut), fmt.Sprintf("%016x", id))
+	return filepath.Join(d.cfg.Path, "files", string(appendName(nil, id)))
+}
+
+const nameSize = 8 + 1 + 16
+
+// appendName appends the name of a file below files.
+func appendName(b []byte, id uint64) []byte {
+	return appendHex(append(appendHex(b, id/fanOut, 8), '/'), id, 16)
+}
+
+func appendHex(b []byte, v uint64, digits int) []byte {
+	for i := digits - 1; i >= 0; i-- {
+		b = append(b, "0123456789abcdef"[v>>(4*i)&15])
+	}
+	return b
 }
 
 // apply is the meaning of a record, at work and when the log is read. It returns the file that is not needed any more.
@@ -318,7 +374,7 @@ func (d *Dir) apply(r *record, body []byte, pos position) (unused uint64) {
 	switch r.kind {
 	case kindShard, kindFile:
 		drop()
-		bucket[r.name] = entry{r.size, r.crc, pos, r.file, r.retain, r.deleted}
+		bucket[r.name] = entry{r.size, r.crc, pos, r.file, r.put, r.retain, r.deleted}
 		d.shards++
 		d.bytes += int64(r.size)
 		d.nextFile = max(d.nextFile, r.file+1)
@@ -337,7 +393,7 @@ func (d *Dir) apply(r *record, body []byte, pos position) (unused uint64) {
 	case kindHead:
 		if len(body) >= headFixed {
 			dead(d.headPos, (&record{kind: kindHead, size: uint32(headFixed + len(d.head.Bytes))}).length())
-			d.head = Head{Epoch(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:]), slices.Clone(body[headFixed:])}
+			d.head = Head{Epoch(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:]), append(d.head.Bytes[:0], body[headFixed:]...)}
 			d.headPos = pos
 		}
 	case kindEpoch:
@@ -399,10 +455,13 @@ func (d *Dir) flush() {
 	pos := at(d.current.id, d.current.size)
 	for _, c := range batch {
 		switch {
-		case c.rec == nil:
+		case c.rec == nil && c.then == nil:
+			continue
 		case err != nil:
 			c.err = err
-		default:
+			continue
+		}
+		if c.rec != nil {
 			if f := d.apply(c.rec, c.body, pos); f != 0 {
 				unused = append(unused, f)
 			}
@@ -410,6 +469,10 @@ func (d *Dir) flush() {
 				d.rotten[c.name] = struct{}{}
 			}
 			pos += position(c.rec.length())
+		}
+		if c.then != nil {
+			d.apply(c.then, c.head, pos)
+			pos += position(c.then.length())
 		}
 	}
 	if err == nil {
@@ -465,12 +528,25 @@ func (d *Dir) prepare() (full error) {
 func (d *Dir) decide(full error) (batch []*change, dirs map[string]struct{}) {
 	clear(d.names)
 	d.out = d.out[:0]
+	d.young = d.head
 	now := d.now()
+	heads := false
 	for _, c := range d.queue {
-		if _, twice := d.names[c.name]; twice || len(d.out) > 0 && len(d.out)+recordHead+len(c.body) > maxBatch {
+		// Heads of one batch know of each other; what else has no name, like a head that a compaction moves, does not.
+		_, twice := d.names[c.name]
+		if c.head != nil {
+			_, moved := d.names[Name{}]
+			twice = twice || moved
+		} else if c.name == (Name{}) {
+			twice = twice || heads
+		}
+		heads = heads || c.head != nil
+		if twice || len(d.out) > 0 && len(d.out)+2*recordHead+len(c.body)+len(c.head) > maxBatch {
 			break
 		}
-		d.names[c.name] = struct{}{}
+		if c.decide != nil {
+			d.names[c.name] = struct{}{}
+		}
 		batch = append(batch, c)
 		switch {
 		case d.broken != nil:
@@ -478,35 +554,77 @@ func (d *Dir) decide(full error) (batch []*change, dirs map[string]struct{}) {
 		case c.fills && full != nil:
 			c.err = full
 		default:
-			c.rec, c.err = c.decide()
+			if c.head != nil {
+				c.then, c.err = d.follows(c.head)
+			}
+			if c.err == nil && c.decide != nil {
+				c.rec, c.err = c.decide()
+			}
+			if c.err != nil {
+				c.then = nil
+			}
 		}
-		if c.rec == nil {
-			continue
+		if c.rec != nil {
+			d.lay(c.rec, c.body, now, c.bad)
 		}
-		r := c.rec
-		r.time = now
-		if r.kind != kindEpoch {
-			r.epoch = max(r.epoch, d.epoch)
+		if c.then != nil {
+			d.lay(c.then, c.head, now, false)
+			d.young = headOf(c.head)
 		}
-		if r.kind != kindFile {
-			r.size, r.crc = uint32(len(c.body)), checksum(c.body)
-		}
-		if c.bad {
-			r.crc = ^r.crc
-		}
-		if r.kind == kindState || r.kind == kindGone {
-			d.current.soft += r.length()
-		}
-		n, end := len(d.out), len(d.out)+int(r.length())
-		d.out = slices.Grow(d.out, end-n)[:end]
-		clear(d.out[end-recordAlign:])
-		r.put(d.current.salt, d.out[n:])
-		copy(d.out[n+recordHead:], c.body)
 	}
 	if len(d.out) > 0 {
 		dirs, d.dirty = d.dirty, map[string]struct{}{}
 	}
 	return batch, dirs
+}
+
+// lay adds a record to the batch. A body that is known to be rotten gets a checksum that says so.
+func (d *Dir) lay(r *record, body []byte, now int64, bad bool) {
+	r.time, r.joined = now, len(d.out) > 0
+	if r.kind != kindEpoch {
+		r.epoch = max(r.epoch, d.epoch)
+	}
+	if r.kind != kindFile {
+		r.size, r.crc = uint32(len(body)), checksum(body)
+	}
+	if bad {
+		r.crc = ^r.crc
+	}
+	if r.kind == kindState || r.kind == kindGone {
+		d.current.soft += r.length()
+	}
+	n, end := len(d.out), len(d.out)+int(r.length())
+	d.out = slices.Grow(d.out, end-n)[:end]
+	clear(d.out[end-recordAlign:])
+	r.write(d.current.salt, d.out[n:])
+	copy(d.out[n+recordHead:], body)
+}
+
+// headBody is the body of a head's record.
+func headBody(e Epoch, sequence uint64, signed []byte) []byte {
+	b := make([]byte, 0, headFixed+len(signed))
+	b = binary.BigEndian.AppendUint64(b, uint64(e))
+	return append(binary.BigEndian.AppendUint64(b, sequence), signed...)
+}
+
+// headOf reads what headBody wrote; it shares the bytes.
+func headOf(b []byte) Head {
+	return Head{Epoch(binary.BigEndian.Uint64(b)), binary.BigEndian.Uint64(b[8:]), b[headFixed:]}
+}
+
+// follows decides whether a head comes after the one that is there. Call it with mu held; a nil record is no change.
+func (d *Dir) follows(body []byte) (*record, error) {
+	h, was := headOf(body), &d.young
+	if err := d.fenced(h.Epoch); err != nil {
+		return nil, err
+	}
+	switch {
+	case was.Epoch != h.Epoch || was.Sequence < h.Sequence:
+		return &record{kind: kindHead}, nil
+	case was.Sequence == h.Sequence && bytes.Equal(was.Bytes, h.Bytes):
+		return nil, nil // said again
+	}
+	return nil, fmt.Errorf("sequence %d is there: %w", was.Sequence, ErrOldHead)
 }
 
 // write appends the batch and syncs. When there is no space for it, nothing of it stays.
@@ -549,8 +667,8 @@ func (d *Dir) retention(until time.Time) (int64, error) {
 	return ms, nil
 }
 
-// put stores a shard that comes from r.
-func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time) error {
+// put stores a shard that comes from r, and a head after it if there is one.
+func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time, head []byte) error {
 	if size < 0 || size > MaxShard {
 		return ErrSize
 	}
@@ -581,10 +699,10 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time)
 		return err
 	}
 	if there {
-		if retain <= old.retain {
+		if retain <= old.retain && head == nil {
 			return nil
 		}
-		return d.state(epoch, n, func(e *entry) error { e.retain = max(e.retain, retain); return nil })
+		return d.state(epoch, n, head, func(e *entry) error { e.retain = max(e.retain, retain); return nil })
 	}
 	defer func() {
 		d.mu.Lock()
@@ -592,19 +710,24 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time)
 		d.pending.Shards -= want.Shards
 		d.mu.Unlock()
 	}()
-	c := &change{name: n, fills: true}
+	c := &change{name: n, fills: true, head: head}
 	var file uint64
 	if size <= embedLimit {
-		b := d.small.Get().(*[]byte)
-		defer d.small.Put(b)
-		c.body = (*b)[:size]
-		if err := d.receive(n, c.body, r); err != nil {
+		if b, ok := r.(*bytesReader); ok {
+			c.body = *b
+		} else {
+			b := d.small.Get().(*[]byte)
+			defer d.small.Put(b)
+			c.body = (*b)[:size]
+			if _, err := io.ReadFull(r, c.body); err != nil {
+				return fmt.Errorf("receive: %w", err)
+			}
+		}
+		if err := d.check(n, c.body); err != nil {
 			return err
 		}
-	} else {
-		if file, err = d.writeFile(n, size, r); err != nil {
-			return err
-		}
+	} else if file, err = d.writeFile(n, size, r); err != nil {
+		return err
 	}
 	used := false
 	c.decide = func() (*record, error) {
@@ -616,7 +739,7 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time)
 			return nil, nil // another was faster
 		}
 		used = true
-		rec := &record{kind: kindShard, name: n, retain: max(e.retain, retain)}
+		rec := &record{kind: kindShard, name: n, put: d.seen, retain: max(e.retain, retain)}
 		if file != 0 {
 			rec.kind, rec.file, rec.size = kindFile, file, uint32(size)
 		}
@@ -630,18 +753,15 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time)
 	return err
 }
 
-// receive fills p and checks the name.
-func (d *Dir) receive(n Name, p []byte, r io.Reader) error {
-	if _, err := io.ReadFull(r, p); err != nil {
-		return fmt.Errorf("receive: %w", err)
-	}
+// check says whether a shard has its name.
+func (d *Dir) check(n Name, shard []byte) error {
 	if d.cfg.Trusted {
 		return nil
 	}
 	t := d.trees.Get().(*disperse.Tree)
 	defer d.trees.Put(t)
 	t.Reset()
-	if _, err := t.Write(p); err != nil || t.Name() != n {
+	if _, err := t.Write(shard); err != nil || t.Name() != n {
 		return ErrName
 	}
 	return nil
@@ -691,13 +811,22 @@ func (d *Dir) fill(f *os.File, n Name, size int64, r io.Reader) error {
 		defer d.trees.Put(t)
 		t.Reset()
 	}
-	b := d.pieces.Get().(*[]byte)
-	defer d.pieces.Put(b)
+	whole, memory := r.(*bytesReader)
+	b, piece := []byte(nil), size
+	if memory {
+		b = *whole
+	} else {
+		buf := d.pieces.Get().(*[]byte)
+		defer d.pieces.Put(buf)
+		b, piece = *buf, pieceSize
+	}
 	sums := make([]byte, 0, 4*(blocks(size)+1))
 	for left := size; left > 0; {
-		p := (*b)[:min(left, pieceSize)]
-		if _, err := io.ReadFull(r, p); err != nil {
-			return fmt.Errorf("receive: %w", err)
+		p := b[:min(left, piece)]
+		if !memory {
+			if _, err := io.ReadFull(r, p); err != nil {
+				return fmt.Errorf("receive: %w", err)
+			}
 		}
 		left -= int64(len(p))
 		if t != nil {
@@ -722,8 +851,8 @@ func (d *Dir) fill(f *os.File, n Name, size int64, r io.Reader) error {
 func blocks(size int64) int64 { return (size + blockSize - 1) / blockSize }
 
 // state changes what is known of a shard that is there.
-func (d *Dir) state(epoch Epoch, n Name, f func(e *entry) error) error {
-	return d.commit(&change{name: n, decide: func() (*record, error) {
+func (d *Dir) state(epoch Epoch, n Name, head []byte, f func(e *entry) error) error {
+	return d.commit(&change{name: n, head: head, decide: func() (*record, error) {
 		if err := d.fenced(epoch); err != nil {
 			return nil, err
 		}
@@ -754,49 +883,72 @@ type shard struct {
 	d    *Dir
 	n    Name
 	e    entry
-	f    *os.File // nil: in the log
-	sums []byte
+	fd   int    // of its file; -1: in the log
+	sums []byte // of a file that is read with its checksums
 }
 
-// open finds a shard that can be read. Held ones only scrub reads.
-func (d *Dir) openShard(n Name, held bool) (*shard, error) {
+// open finds a shard that can be read. Held ones only scrub reads. With checks, all that is read is compared with its
+// checksums.
+func (s *shard) open(d *Dir, n Name, held, checks bool) error {
 	d.mu.RLock()
 	e, ok := d.find(n)
 	_, bad := d.rotten[n]
 	d.mu.RUnlock()
 	switch {
 	case !ok || e.deleted != 0 && !held:
-		return nil, ErrAbsent
+		return ErrAbsent
 	case bad:
-		return nil, ErrRotten
+		return ErrRotten
 	}
-	s := &shard{d: d, n: n, e: e}
+	*s = shard{d: d, n: n, e: e, fd: -1}
+	if checks {
+		s.sums = make([]byte, 4*(blocks(int64(e.size))+1))
+	}
 	if e.file == 0 {
-		return s, nil
+		return nil
 	}
-	f, err := os.Open(d.filePath(e.file))
+	var name [nameSize]byte
+	fd, err := syscall.Openat(int(d.files.Fd()), string(appendName(name[:0], e.file)), syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, s.missing()
+		return s.missing()
 	} else if err != nil {
-		return nil, err
+		return os.NewSyscallError("openat", err)
 	}
-	s.f, s.sums = f, make([]byte, 4*(blocks(int64(e.size))+1))
-	if _, err := f.ReadAt(s.sums, int64(e.size)); err != nil && !errors.Is(err, io.EOF) {
-		f.Close()
-		return nil, s.failed(err)
+	s.fd = fd
+	if !checks {
+		return nil
 	}
-	body, sum := s.sums[:len(s.sums)-4], s.sums[len(s.sums)-4:]
-	if checksum(body) != binary.BigEndian.Uint32(sum) {
-		f.Close()
-		return nil, s.rot()
+	err = s.pread(s.sums, int64(e.size))
+	if body, sum := s.sums[:len(s.sums)-4], s.sums[len(s.sums)-4:]; err == nil && checksum(body) != binary.BigEndian.Uint32(sum) {
+		err = s.rot()
 	}
-	return s, nil
+	if err != nil {
+		s.close()
+	}
+	return err
 }
 
 func (s *shard) close() {
-	if s.f != nil {
-		s.f.Close()
+	if s.fd >= 0 {
+		syscall.Close(s.fd)
 	}
+}
+
+// pread fills p from the file.
+func (s *shard) pread(p []byte, off int64) error {
+	for len(p) > 0 {
+		n, err := syscall.Pread(s.fd, p, off)
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err != nil:
+			return s.failed(os.NewSyscallError("pread", err))
+		case n == 0:
+			return s.rot() // it was cut
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
 }
 
 // failed is an error of the disk: of one that says that it cannot read its own, the shard is rotten.
@@ -831,7 +983,7 @@ func (s *shard) rot() error {
 	return ErrRotten
 }
 
-// readAt fills p with checked bytes from off on.
+// readAt fills p with bytes from off on.
 func (s *shard) readAt(p []byte, off int64) error {
 	if off < 0 || off > int64(s.e.size) || int64(len(p)) > int64(s.e.size)-off {
 		return ErrSize
@@ -839,8 +991,11 @@ func (s *shard) readAt(p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
 	}
-	if s.f == nil {
+	if s.fd < 0 {
 		return s.readLog(p, off)
+	}
+	if s.sums == nil {
+		return s.pread(p, off)
 	}
 	b := []byte(nil)
 	for len(p) > 0 {
@@ -875,10 +1030,8 @@ func (s *shard) readAt(p []byte, off int64) error {
 
 // readBlocks fills p with whole blocks.
 func (s *shard) readBlocks(p []byte, first int64) error {
-	if _, err := s.f.ReadAt(p, first*blockSize); errors.Is(err, io.EOF) {
-		return s.rot()
-	} else if err != nil {
-		return s.failed(err)
+	if err := s.pread(p, first*blockSize); err != nil {
+		return err
 	}
 	for block := range slices.Chunk(p, blockSize) {
 		if checksum(block) != binary.BigEndian.Uint32(s.sums[4*first:]) {
@@ -891,7 +1044,7 @@ func (s *shard) readBlocks(p []byte, first int64) error {
 
 func (s *shard) readLog(p []byte, off int64) error {
 	q := p
-	if len(p) < int(s.e.size) {
+	if s.sums != nil && len(p) < int(s.e.size) {
 		buf := s.d.small.Get().(*[]byte)
 		defer s.d.small.Put(buf)
 		q = (*buf)[:s.e.size]
@@ -904,7 +1057,12 @@ func (s *shard) readLog(p []byte, off int64) error {
 		if !moved {
 			seg.mu.RLock()
 			if moved = seg.gone; !moved {
-				err := seg.read(s.e.pos.offset(), q, s.e.crc)
+				var err error
+				if s.sums != nil {
+					err = seg.read(s.e.pos.offset(), q, s.e.crc)
+				} else if _, err = seg.f.ReadAt(q, s.e.pos.offset()+recordHead+off); errors.Is(err, io.EOF) {
+					err = ErrRotten
+				}
 				seg.mu.RUnlock()
 				if errors.Is(err, ErrRotten) {
 					return s.rot()

@@ -101,6 +101,118 @@ func TestAPowerCutLosesNothingAcknowledged(t *testing.T) {
 	}
 }
 
+// TestAHeadIsNeverThereWithoutItsShard spoils what an append wrote, wherever it may be torn: the shard alone may be
+// there, the head alone never.
+func TestAHeadIsNeverThereWithoutItsShard(t *testing.T) {
+	root := t.TempDir()
+	base := filepath.Join(root, "base")
+	d := open(t, Config{Path: base})
+	a := announced(t, d.As(everything), 2)
+	n, b := shardOf(t, 1000)
+	good(t, "append", a.Append(t.Context(), n, b, 5, []byte("five")))
+	acked := d.current.size
+	m, c := shardOf(t, 9000)
+	good(t, "append", a.Append(t.Context(), m, c, 6, bytes.Repeat([]byte("six"), 1000)))
+	size := d.current.size
+	d.Close()
+	whole, err := os.ReadFile(segmentPath(base, 1))
+	good(t, "read", err)
+	both, shardOnly, neither := 0, 0, 0
+	for i := range 200 {
+		torn := bytes.Clone(whole)
+		from := acked + mrand.Int64N(size-acked)
+		switch i % 4 {
+		case 0:
+			torn = torn[:from]
+		case 1: // the page of the shard's record was not written, the rest was
+			from = acked
+			fallthrough
+		default:
+			clear(torn[from:min(from+1+mrand.Int64N(3000), size)])
+		}
+		dir := filepath.Join(root, "cut")
+		copyDir(t, base, dir)
+		good(t, "write", os.WriteFile(segmentPath(dir, 1), torn, 0o600))
+		d := open(t, Config{Path: dir})
+		x := d.As(everything)
+		has(t, x, n, b)
+		h, err := x.Head(t.Context())
+		good(t, "head", err)
+		p := make([]byte, len(c))
+		err = x.Get(t.Context(), m, 0, p)
+		whole := err == nil && bytes.Equal(p, c)
+		switch {
+		case h.Sequence == 6 && whole:
+			both++
+		case h.Sequence == 5 && whole:
+			shardOnly++
+		case h.Sequence == 5 && errors.Is(err, ErrAbsent):
+			neither++
+		default:
+			t.Errorf("head %d, shard: %v", h.Sequence, err)
+		}
+		d.Close()
+		os.RemoveAll(dir)
+	}
+	if shardOnly == 0 || neither == 0 {
+		t.Errorf("control: %d with both, %d with the shard, %d with neither", both, shardOnly, neither)
+	}
+}
+
+// TestRotInWhatWasSyncedCostsNothingElse: records behind it count, since a later batch says that they were synced.
+func TestRotInWhatWasSyncedCostsNothingElse(t *testing.T) {
+	cfg := Config{Path: t.TempDir()}
+	d := open(t, cfg)
+	a := announced(t, d.As(everything), 1)
+	n, b := shardOf(t, 1000)
+	good(t, "append", a.Append(t.Context(), n, b, 1, []byte("one")))
+	m, c := shardOf(t, 1000)
+	good(t, "put", a.Put(t.Context(), m, c, time.Time{}))
+	flip(t, d, n, 500)
+	d.Close()
+	d = open(t, cfg)
+	defer d.Close()
+	x := d.As(everything)
+	wants(t, "get", x.Get(t.Context(), n, 0, make([]byte, 1)), ErrRotten)
+	has(t, x, m, c)
+	if h, err := x.Head(t.Context()); err != nil || h.Sequence != 1 {
+		t.Errorf("head %+v %v", h, err)
+	}
+}
+
+// TestGroups counts syncs: changes that come while one is under way share the next.
+func TestGroups(t *testing.T) {
+	d := open(t, Config{Path: t.TempDir()})
+	defer d.Close()
+	a := announced(t, d.As(everything), 1)
+	var wg sync.WaitGroup
+	batches := map[uint64]bool{}
+	d.mu.Lock() // the first one to come leads, and waits here
+	for i := range 50 {
+		n, b := shardOf(t, 100)
+		wg.Go(func() {
+			if err := a.Append(t.Context(), n, b, uint64(i+1), []byte("h")); err != nil && !errors.Is(err, ErrOldHead) {
+				t.Errorf("append: %v", err)
+			}
+		})
+	}
+	time.Sleep(50 * time.Millisecond)
+	d.mu.Unlock()
+	wg.Wait()
+	_, _, err := d.current.each(func(r record, off int64) error {
+		if !r.joined {
+			batches[uint64(off)] = true
+		}
+		return nil
+	})
+	if err != nil || len(batches) > 10 {
+		t.Errorf("50 appends at once took %d batches, %v", len(batches), err)
+	}
+	if h, err := a.Head(t.Context()); err != nil || h.Sequence != 50 {
+		t.Errorf("head %+v %v", h, err)
+	}
+}
+
 // TestARottenHeadOfARecordCostsThatRecordAlone flips bits in the log. Shards hold what looks like records, which a
 // reader that searches for the next one must not take for such.
 func TestARottenHeadOfARecordCostsThatRecordAlone(t *testing.T) {
@@ -113,7 +225,7 @@ func TestARottenHeadOfARecordCostsThatRecordAlone(t *testing.T) {
 	for i := range 20 {
 		_, b := shardOf(t, 4000)
 		for off := 0; off+recordHead+16 < len(b); off += 128 {
-			forged.put(checksum(b[:16]), b[off:]) // the salt is not known outside
+			forged.write(checksum(b[:16]), b[off:]) // the salt is not known outside
 		}
 		b[0] = byte(i)
 		n, _ := disperse.NameOf(b)
@@ -434,7 +546,7 @@ func FuzzLog(f *testing.F) {
 		// Records are sealed again, so that the search goes beyond checksums.
 		log := append(bytes.Clone(whole[:segmentHead]), in...)
 		for off := segmentHead; off+recordHead <= len(log); {
-			r := record{kind: log[off+4], size: uint32(log[off+11]) | uint32(log[off+10])<<8, name: Name(log[off+56:])}
+			r := record{kind: log[off+4], size: uint32(log[off+11]) | uint32(log[off+10])<<8, name: Name(log[off+64:])}
 			copy(log[off:], sealed(log[:segmentHead], log[off:off+recordHead]))
 			off += int(r.length())
 		}

@@ -65,7 +65,11 @@ type Location interface {
 	// Put stores a shard durably, or nothing. A shard that is there is only locked for longer, if retain says so; one
 	// that was deleted is back; one that is rotten is replaced. The zero time locks nothing.
 	Put(ctx context.Context, n Name, shard []byte, retain time.Time) error
-	// Get fills p with the bytes from off on. They are not checked against the name.
+	// Append is Put and then PutHead, as one change: a crash may leave the shard without the head, never the head without
+	// the shard. When the head is refused the shard is not kept either.
+	Append(ctx context.Context, n Name, shard []byte, sequence uint64, signed []byte) error
+	// Get fills p with the bytes from off on. They are not checked against anything: who has keys tells
+	// rot sooner than a checksum does.
 	Get(ctx context.Context, n Name, off int64, p []byte) error
 	Stat(ctx context.Context, n Name) (Info, error)
 	// List returns shards in the order of their names, from a name on, and the name to go on from; the zero name is the end.
@@ -99,6 +103,7 @@ const (
 type Info struct {
 	Name    Name
 	Size    int64
+	Put     time.Time // when it came; when it came again, if it had been deleted or rotten
 	Retain  time.Time // zero: not locked
 	Deleted time.Time // zero: not deleted
 	Rotten  bool

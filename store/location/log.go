@@ -20,7 +20,7 @@ import (
 const (
 	logMagic     = "holdfast-shards\x01"
 	segmentHead  = 32 // magic and salt
-	recordHead   = 88
+	recordHead   = 96
 	recordAlign  = 8
 	maxBatch     = 1 << 20 // bytes of one write, if it has more than one record
 	headroom     = 1 << 20 // kept allocated for records that are no shards, so that deletes work on a full disk
@@ -42,9 +42,11 @@ const (
 // record is the fixed part of a record.
 type record struct {
 	kind    byte
+	joined  bool   // the record before it is of the same batch
 	size    uint32 // of the body, or of the shard in the file
 	crc     uint32 // CRC-32C of the body
 	time    int64  // when it was written; all times are milliseconds since 1970
+	put     int64  // when the shard came
 	retain  int64
 	deleted int64
 	epoch   Epoch // the highest that was known
@@ -68,11 +70,14 @@ func (r *record) length() int64 {
 	return (recordHead + r.body() + recordAlign - 1) &^ (recordAlign - 1)
 }
 
-// put writes the fixed part. The checksum begins with the segment's salt, which no store knows: a body is never taken for
+// write writes the fixed part. The checksum begins with the segment's salt, which no store knows: a body is never taken for
 // a record.
-func (r *record) put(salt uint32, b []byte) {
+func (r *record) write(salt uint32, b []byte) {
 	clear(b[:recordHead])
 	b[4] = r.kind
+	if r.joined {
+		b[5] = 1
+	}
 	be := binary.BigEndian
 	be.PutUint32(b[8:], r.size)
 	be.PutUint32(b[12:], r.crc)
@@ -81,19 +86,20 @@ func (r *record) put(salt uint32, b []byte) {
 	be.PutUint64(b[32:], uint64(r.deleted))
 	be.PutUint64(b[40:], uint64(r.epoch))
 	be.PutUint64(b[48:], r.file)
-	copy(b[56:], r.name[:])
+	be.PutUint64(b[56:], uint64(r.put))
+	copy(b[64:], r.name[:])
 	be.PutUint32(b, crc32.Update(salt, castagnoli, b[4:recordHead]))
 }
 
-// parseRecord reads what put wrote.
+// parseRecord reads what write wrote.
 func parseRecord(salt uint32, b []byte) (r record, ok bool) {
 	be := binary.BigEndian
 	if len(b) < recordHead || be.Uint32(b) != crc32.Update(salt, castagnoli, b[4:recordHead]) {
 		return r, false
 	}
 	r = record{
-		kind: b[4], size: be.Uint32(b[8:]), crc: be.Uint32(b[12:]), time: int64(be.Uint64(b[16:])), retain: int64(be.Uint64(b[24:])),
-		deleted: int64(be.Uint64(b[32:])), epoch: Epoch(be.Uint64(b[40:])), file: be.Uint64(b[48:]), name: Name(b[56:88]),
+		kind: b[4], joined: b[5] == 1, size: be.Uint32(b[8:]), crc: be.Uint32(b[12:]), time: int64(be.Uint64(b[16:])), retain: int64(be.Uint64(b[24:])),
+		deleted: int64(be.Uint64(b[32:])), epoch: Epoch(be.Uint64(b[40:])), file: be.Uint64(b[48:]), put: int64(be.Uint64(b[56:])), name: Name(b[64:96]),
 	}
 	limit := uint32(0)
 	switch r.kind {
@@ -106,7 +112,7 @@ func parseRecord(salt uint32, b []byte) (r record, ok bool) {
 	case kindEpoch:
 		limit = uint32(len(Holder{}))
 	}
-	return r, r.kind > 0 && r.kind < kindEnd && b[5]|b[6]|b[7] == 0 && r.size <= limit
+	return r, r.kind > 0 && r.kind < kindEnd && b[5] <= 1 && b[6]|b[7] == 0 && r.size <= limit
 }
 
 // position is where a record is: the segment and the offset in it.

@@ -372,11 +372,19 @@ func (b *body) Read(p []byte) (int, error) {
 func (h *handler) answer(r request) error {
 	s := &Session{d: h.d, rights: h.rights, epoch: r.epoch}
 	ctx := context.Background() // what was begun is done; the deadline bounds the transfer
-	if r.op == opPut {
+	if r.op == opPut || r.op == opAppend {
 		b := &body{h.t, int64(r.size)}
 		err := s.may(Write)
-		if err == nil {
-			err = h.d.put(r.epoch, r.name, int64(r.size), b, until(r.a))
+		switch {
+		case err != nil:
+		case r.op == opPut:
+			err = h.d.put(r.epoch, r.name, b.left, b, until(r.a), nil)
+		default:
+			signed := make([]byte, r.b)
+			if _, err := io.ReadFull(b, signed); err != nil {
+				return err
+			}
+			err = s.append(r.name, b.left, b, r.a, signed)
 		}
 		if b.left > 0 { // refused before it was read
 			if err := discard(b, b.left); err != nil {
@@ -467,7 +475,7 @@ func (h *handler) reply(value uint64, out []byte, err error) error {
 	return err
 }
 
-// get answers in pieces that were checked before they are sent.
+// get answers in pieces.
 func (h *handler) get(s *Session, r request) error {
 	if err := s.may(Read); err != nil {
 		return h.reply(0, nil, err)
@@ -475,8 +483,8 @@ func (h *handler) get(s *Session, r request) error {
 	if r.a > MaxShard || r.b > MaxShard {
 		return h.reply(0, nil, ErrSize)
 	}
-	f, err := h.d.openShard(r.name, false)
-	if err != nil {
+	var f shard
+	if err := f.open(h.d, r.name, false, false); err != nil {
 		return h.reply(0, nil, err)
 	}
 	defer f.close()
@@ -486,8 +494,7 @@ func (h *handler) get(s *Session, r request) error {
 	buf := h.d.pieces.Get().(*[]byte)
 	defer h.d.pieces.Put(buf)
 	for off, left := int64(r.a), int64(r.b); ; {
-		// The first piece ends at a block's end, that no block is read twice.
-		n := min(left, pieceSize-blockSize-off%blockSize)
+		n := min(left, pieceSize-frameSize)
 		p := (*buf)[:frameSize+n]
 		if err := f.readAt(p[frameSize:], off); err != nil {
 			return h.reply(0, nil, err)

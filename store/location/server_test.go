@@ -458,6 +458,8 @@ func FuzzRequest(f *testing.F) {
 	}
 	(&request{op: opPut, epoch: 1, name: n, size: 100}).put(p)
 	f.Add(append(bytes.Clone(p), b...))
+	(&request{op: opAppend, epoch: 1, name: n, a: 1, b: 4, size: 104}).put(p)
+	f.Add(append(append(bytes.Clone(p), "head"...), b...))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) < requestSize {
 			return
@@ -496,7 +498,7 @@ func FuzzAnswer(f *testing.F) {
 		}
 		l := &link{t: &script{r: bytes.NewReader(in)}}
 		l.raw = l.t
-		a, err := l.ask(t.Context(), request{op: op(o), name: n}, nil, into)
+		a, err := l.ask(t.Context(), request{op: op(o), name: n}, into)
 		if err != nil {
 			_ = err.Error()
 			return

@@ -2,8 +2,8 @@ package location
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
+	"io"
 	"slices"
 	"time"
 
@@ -67,7 +67,7 @@ func (d *Dir) announce(e Epoch, h Holder) error {
 func (s *Session) Put(_ context.Context, n Name, shard []byte, retain time.Time) error {
 	err := s.may(Write)
 	if err == nil {
-		err = s.d.put(s.epoch, n, int64(len(shard)), (*bytesReader)(&shard), retain)
+		err = s.d.put(s.epoch, n, int64(len(shard)), (*bytesReader)(&shard), retain, nil)
 	}
 	return named("put", n, err)
 }
@@ -85,8 +85,8 @@ func (b *bytesReader) Read(p []byte) (int, error) {
 func (s *Session) Get(_ context.Context, n Name, off int64, p []byte) error {
 	err := s.may(Read)
 	if err == nil {
-		var f *shard
-		if f, err = s.d.openShard(n, false); err == nil {
+		var f shard
+		if err = f.open(s.d, n, false, false); err == nil {
 			err = f.readAt(p, off)
 			f.close()
 		}
@@ -110,7 +110,7 @@ func (s *Session) Stat(_ context.Context, n Name) (Info, error) {
 
 func (d *Dir) info(n Name, e entry) Info {
 	_, bad := d.rotten[n]
-	return Info{Name: n, Size: int64(e.size), Retain: milli(e.retain), Deleted: milli(e.deleted), Rotten: bad}
+	return Info{Name: n, Size: int64(e.size), Put: milli(e.put), Retain: milli(e.retain), Deleted: milli(e.deleted), Rotten: bad}
 }
 
 // milli is a time, 0 the zero one.
@@ -226,7 +226,7 @@ func (s *Session) Retain(_ context.Context, n Name, until time.Time) error {
 		ms, err = s.d.retention(until)
 		s.d.mu.Unlock()
 		if err == nil {
-			err = s.d.state(s.epoch, n, func(e *entry) error { e.retain = max(e.retain, ms); return nil })
+			err = s.d.state(s.epoch, n, nil, func(e *entry) error { e.retain = max(e.retain, ms); return nil })
 		}
 	}
 	return named("retain", n, err)
@@ -239,7 +239,7 @@ func (s *Session) PutHead(_ context.Context, sequence uint64, signed []byte) err
 		err = ErrSize
 	}
 	if err == nil {
-		err = s.d.putHead(s.epoch, sequence, signed)
+		err = s.d.commit(&change{head: headBody(s.epoch, sequence, signed)})
 	}
 	if err != nil {
 		return fmt.Errorf("put head %d of epoch %d: %w", sequence, s.epoch, err)
@@ -247,20 +247,27 @@ func (s *Session) PutHead(_ context.Context, sequence uint64, signed []byte) err
 	return nil
 }
 
-func (d *Dir) putHead(epoch Epoch, sequence uint64, signed []byte) error {
-	body := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, uint64(epoch)), sequence)
-	return d.commit(&change{body: append(body, signed...), decide: func() (*record, error) {
-		if err := d.fenced(epoch); err != nil {
-			return nil, err
-		}
-		if h := d.head; h.Epoch == epoch && h.Sequence >= sequence {
-			if h.Sequence == sequence && slices.Equal(h.Bytes, signed) {
-				return nil, nil // said again
-			}
-			return nil, fmt.Errorf("sequence %d is there: %w", h.Sequence, ErrOldHead)
-		}
-		return &record{kind: kindHead}, nil
-	}})
+// Append implements Location.
+func (s *Session) Append(_ context.Context, n Name, shard []byte, sequence uint64, signed []byte) error {
+	return s.append(n, int64(len(shard)), (*bytesReader)(&shard), sequence, signed)
+}
+
+func (s *Session) append(n Name, size int64, r io.Reader, sequence uint64, signed []byte) error {
+	err := s.may(Write)
+	if err == nil && len(signed) > MaxHead {
+		err = ErrSize
+	}
+	if err == nil {
+		err = s.d.put(s.epoch, n, size, r, time.Time{}, headBody(s.epoch, sequence, signed))
+	}
+	return appended(n, s.epoch, sequence, err)
+}
+
+func appended(n Name, e Epoch, sequence uint64, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("append shard %v and head %d of epoch %d: %w", n, sequence, e, err)
 }
 
 // Head implements Location.
@@ -289,12 +296,12 @@ func (d *Dir) prove(n Name, leaves []int) (Proof, error) {
 	if len(leaves) == 0 || len(leaves) > MaxLeaves {
 		return Proof{}, fmt.Errorf("%d leaves, at most %d: %w", len(leaves), MaxLeaves, ErrSize)
 	}
-	f, err := d.openShard(n, false)
-	if err != nil {
+	var f shard
+	if err := f.open(d, n, false, true); err != nil {
 		return Proof{}, err
 	}
 	defer f.close()
-	t, err := d.hash(f, nil)
+	t, err := d.hash(&f, nil)
 	if err != nil {
 		return Proof{}, err
 	}

@@ -256,7 +256,7 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 	t.Run("what is put is read, whole and in parts, after a restart too", func(t *testing.T) {
 		l := begin(t, nil)
 		a := announced(t, l.as(everything), 1)
-		shards := map[Name][]byte{}
+		shards, begun := map[Name][]byte{}, l.clock.Now()
 		for _, size := range sizes {
 			n, b := shardOf(t, size)
 			shards[n] = b
@@ -278,7 +278,7 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 				wants(t, "beyond the end", a.Get(t.Context(), n, int64(len(b)), make([]byte, 1)), ErrSize)
 				wants(t, "before the begin", a.Get(t.Context(), n, -1, make([]byte, 1)), ErrSize)
 				i, err := a.Stat(t.Context(), n)
-				if err != nil || i != (Info{Name: n, Size: int64(len(b))}) {
+				if err != nil || i != (Info{Name: n, Size: int64(len(b)), Put: begun}) {
 					t.Errorf("stat: %+v %v", i, err)
 				}
 			}
@@ -289,6 +289,7 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 			if err != nil || st.Shards != int64(len(shards)) || st.Epoch != 1 {
 				t.Errorf("status: %+v %v", st, err)
 			}
+			l.clock.Add(time.Second)
 			l.again()
 			a = announced(t, l.as(everything), 1)
 		}
@@ -451,6 +452,51 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 			t.Errorf("head: %+v %v", h, err)
 		}
 	})
+	t.Run("an append is a put and a head, or neither", func(t *testing.T) {
+		l := begin(t, func(c *Config) { c.Quota = Quota{Bytes: 1 << 20} })
+		a := announced(t, l.as(everything), 3)
+		sequence := uint64(0)
+		for _, size := range []int{0, 1, 2000, embedLimit, embedLimit + 1, 300 << 10} {
+			n, b := shardOf(t, size)
+			sequence++
+			for range 2 { // idempotent
+				good(t, "append", a.Append(t.Context(), n, b, sequence, []byte(fmt.Sprint("head ", size))))
+			}
+			has(t, a, n, b)
+			if h, err := a.Head(t.Context()); err != nil || h.Epoch != 3 || h.Sequence != sequence || string(h.Bytes) != fmt.Sprint("head ", size) {
+				t.Errorf("head: %+v %v", h, err)
+			}
+			sequence++
+			good(t, "append of what is there", a.Append(t.Context(), n, b, sequence, []byte("new")))
+			if h, err := a.Head(t.Context()); err != nil || h.Sequence != sequence || string(h.Bytes) != "new" {
+				t.Errorf("head: %+v %v", h, err)
+			}
+		}
+		for _, size := range []int{100, 100 << 10} {
+			n, b := shardOf(t, size)
+			wants(t, "an older head", a.Append(t.Context(), n, b, sequence-1, []byte("new")), ErrOldHead)
+			wants(t, "another head of that sequence", a.Append(t.Context(), n, b, sequence, []byte("NEW")), ErrOldHead)
+			wants(t, "too large a head", a.Append(t.Context(), n, b, sequence+1, make([]byte, MaxHead+1)), ErrSize)
+			wants(t, "without the right", l.as(everything&^Write).Append(t.Context(), n, b, sequence+1, nil), ErrRights)
+			b[0] ^= 1
+			wants(t, "other bytes", a.Append(t.Context(), n, b, sequence+1, nil), ErrName)
+			wants(t, "none of which is there", a.Get(t.Context(), n, 0, nil), ErrAbsent)
+		}
+		n, b := shardOf(t, 900<<10)
+		wants(t, "beyond the quota", a.Append(t.Context(), n, b, sequence+1, nil), ErrQuota)
+		m, c := shardOf(t, 200)
+		young := announced(t, l.as(everything), 4)
+		wants(t, "an older epoch", a.Append(t.Context(), m, c, sequence+1, nil), ErrFenced)
+		if h, err := a.Head(t.Context()); err != nil || h.Sequence != sequence || h.Epoch != 3 || l.dir().pending != (Quota{}) || len(filesOf(t, l.dir())) != 2 {
+			t.Errorf("head %+v %v, pending %+v, files %v", h, err, l.dir().pending, filesOf(t, l.dir()))
+		}
+		good(t, "the first of a new epoch", young.Append(t.Context(), m, c, 1, make([]byte, MaxHead)))
+		l.again()
+		has(t, l.as(Read), m, c)
+		if h, err := l.as(Read).Head(t.Context()); err != nil || h.Sequence != 1 || h.Epoch != 4 || len(h.Bytes) != MaxHead {
+			t.Errorf("head: %+v %v", h, err)
+		}
+	})
 	t.Run("quotas hold, also while shards are under way", func(t *testing.T) {
 		l := begin(t, func(c *Config) { c.Quota = Quota{Bytes: 1 << 20, Shards: 20} })
 		a := announced(t, l.as(everything), 1)
@@ -505,6 +551,7 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 			{"list", Read, func(x Location) error { _, _, err := x.List(t.Context(), Name{}, Live); return err }},
 			{"head", Read, func(x Location) error { _, err := x.Head(t.Context()); return err }},
 			{"prove", Read, func(x Location) error { _, err := x.Prove(t.Context(), n, []int{0}); return err }},
+			{"append", Write, func(x Location) error { return x.Append(t.Context(), m, c, 1, []byte("h")) }},
 			{"retain", Write, func(x Location) error { return x.Retain(t.Context(), n, l.clock.Now()) }},
 			{"announce", Write, func(x Location) error { return x.Announce(t.Context(), 1, Holder{1}) }},
 			{"put head", Write, func(x Location) error { return x.PutHead(t.Context(), 1, []byte("h")) }},
@@ -571,8 +618,9 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 		}
 		for i, k := range all {
 			flip(t, d, k.n, mrand.IntN(len(k.b)))
-			if i%2 == 0 {
-				wants(t, fmt.Sprintf("get %d rotten bytes", len(k.b)), a.Get(t.Context(), k.n, 0, make([]byte, len(k.b))), ErrRotten)
+			if i%2 == 0 { // an audit finds it too, a get is not asked to
+				_, err := a.Prove(t.Context(), k.n, []int{0})
+				wants(t, fmt.Sprintf("prove %d rotten bytes", len(k.b)), err, ErrRotten)
 			}
 		}
 		s, err := d.Scrub(t.Context(), 1<<30)

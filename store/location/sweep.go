@@ -195,7 +195,7 @@ func (d *Dir) kept(r record, pos position, oldest bool) *record {
 		if !ok || e.pos != pos {
 			return nil
 		}
-		return &record{kind: r.kind, name: r.name, size: e.size, file: e.file, retain: e.retain, deleted: e.deleted}
+		return &record{kind: r.kind, name: r.name, size: e.size, file: e.file, put: e.put, retain: e.retain, deleted: e.deleted}
 	case kindState:
 		// A shard's own record carries the state: only what is younger than that says anything.
 		if !ok || e.pos > pos {
@@ -253,9 +253,10 @@ func (d *Dir) Scrub(ctx context.Context, rate int64) (out Scrubbed, err error) {
 		}
 		d.mu.RUnlock()
 		for _, n := range names {
-			f, err := d.openShard(n, true)
+			var f shard
+			err := f.open(d, n, true, true)
 			if err == nil {
-				t, err2 := d.hash(f, pace)
+				t, err2 := d.hash(&f, pace)
 				if err = err2; err == nil {
 					d.trees.Put(t)
 				}

@@ -19,7 +19,7 @@ const (
 	requestSize = 64
 	frameSize   = 16
 	frameMore   = 1
-	infoSize    = 57
+	infoSize    = 65
 	statusSize  = 80
 	maxText     = 256 // bytes of an error's text
 	// maxAnswer bounds a frame: a page of names, or a challenge's leaves with their paths.
@@ -42,6 +42,7 @@ const (
 	opHead
 	opProve
 	opStatus
+	opAppend
 	opEnd
 )
 
@@ -78,6 +79,8 @@ func parseRequest(p []byte) (r request, err error) {
 	switch r.op {
 	case opPut:
 		limit = MaxShard
+	case opAppend:
+		limit = MaxHead + MaxShard
 	case opPutHead:
 		limit = MaxHead
 	case opProve:
@@ -85,7 +88,7 @@ func parseRequest(p []byte) (r request, err error) {
 	case opAnnounce:
 		limit = uint32(len(Holder{}))
 	}
-	if r.op == 0 || r.op >= opEnd || r.size > limit || r.op == opAnnounce && r.size != limit || r.op == opProve && r.size%4 != 0 {
+	if r.op == 0 || r.op >= opEnd || r.size > limit || r.op == opAnnounce && r.size != limit || r.op == opProve && r.size%4 != 0 || r.op == opAppend && r.b > min(MaxHead, uint64(r.size)) {
 		return r, fmt.Errorf("request %d with %d bytes: %w", r.op, r.size, errWire)
 	}
 	return r, nil
@@ -171,6 +174,7 @@ func appendInfo(b []byte, i Info) []byte {
 	be := binary.BigEndian
 	b = append(b, i.Name[:]...)
 	b = be.AppendUint64(b, uint64(i.Size))
+	b = be.AppendUint64(b, ms(i.Put))
 	b = be.AppendUint64(b, ms(i.Retain))
 	b = be.AppendUint64(b, ms(i.Deleted))
 	if i.Rotten {
@@ -186,8 +190,8 @@ func parseInfos(b []byte) ([]Info, error) {
 	var out []Info
 	be := binary.BigEndian
 	for ; len(b) > 0; b = b[infoSize:] {
-		i := Info{Name: Name(b), Size: int64(be.Uint64(b[32:])), Retain: until(be.Uint64(b[40:])), Deleted: until(be.Uint64(b[48:])), Rotten: b[56] == 1}
-		if i.Size < 0 || i.Size > MaxShard || b[56] > 1 {
+		i := Info{Name: Name(b), Size: int64(be.Uint64(b[32:])), Put: until(be.Uint64(b[40:])), Retain: until(be.Uint64(b[48:])), Deleted: until(be.Uint64(b[56:])), Rotten: b[64] == 1}
+		if i.Size < 0 || i.Size > MaxShard || b[64] > 1 {
 			return nil, errWire
 		}
 		out = append(out, i)
