@@ -212,9 +212,13 @@ func (s *Store) view(ctx context.Context, f func(*view) error) error {
 	if s.old.Load() {
 		return ErrOld
 	}
-	if err := errors.Join(ctx.Err(), s.life.Err()); err != nil {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := s.enter(); err != nil {
+		return err
+	}
+	defer s.leave()
 	snap := s.db.NewSnapshot()
 	defer snap.Close()
 	v := &view{r: snap}

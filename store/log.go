@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/hmac"
@@ -405,7 +404,7 @@ func (s *Store) runLog() {
 	for {
 		select {
 		case <-s.life.Done():
-			s.end(fmt.Errorf("store is closed: %w", ErrBusy))
+			s.end(errClosed)
 			return
 		case <-s.wake:
 		}
@@ -537,7 +536,7 @@ func (s *Store) insist(what string, f func() error) error {
 			s.lose()
 			return ErrOld
 		case s.life.Err() != nil:
-			return fmt.Errorf("store is closed: %w", ErrBusy)
+			return errClosed
 		}
 		s.log.Warn(what+" again", "error", err)
 		select {
@@ -673,12 +672,18 @@ func (s *Store) body(ctx context.Context, dst []byte, p spot) ([]byte, error) {
 }
 
 func (s *Store) readBlock(ctx context.Context, seq uint64) (*block, error) {
-	row, closer, err := s.db.Get(sequenceKey(tableBlock, seq))
+	if err := s.enter(); err != nil {
+		return nil, err
+	}
+	defer s.leave()
+	v := view{r: s.db}
+	row, ok, err := v.get(sequenceKey(tableBlock, seq))
+	if err == nil && !ok {
+		err = fmt.Errorf("it is not in the metadata: %w", ErrLost)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("block %d: %w", seq, err)
 	}
-	row = bytes.Clone(row)
-	closer.Close()
 	r, err := parseRecord(row)
 	if err != nil {
 		return nil, fmt.Errorf("block %d: %w", seq, err)

@@ -332,7 +332,7 @@ func TestOldFrontEndIsRefused(t *testing.T) {
 	third := b.restored()
 	run, stop := context.WithCancel(ctx)
 	done := make(chan error)
-	go func() { done <- s.Run(run) }()
+	go func() { s.runHeartbeat(run); done <- nil }()
 	deadline := time.Now().Add(5 * time.Second)
 	for !s.old.Load() && time.Now().Before(deadline) {
 		time.Sleep(5 * time.Millisecond)

@@ -99,9 +99,11 @@ type Store struct {
 	cache   blockCache
 	old     atomic.Bool // another front end has the store
 
-	stop  context.CancelFunc
-	life  context.Context
-	wg    sync.WaitGroup
+	stop context.CancelFunc
+	life context.Context
+	wg   sync.WaitGroup
+	// using counts who reads the database. It may be entered again by who is in it.
+	using atomic.Int64
 	close func() error
 }
 
@@ -171,7 +173,12 @@ func (s *Store) Close() error { return s.close() }
 
 func (s *Store) shut() error {
 	s.stop()
+	s.mu.Lock() // who has begun Run by now is waited for
+	s.mu.Unlock()
 	s.wg.Wait()
+	for s.using.Load() > 0 {
+		time.Sleep(time.Millisecond)
+	}
 	var err error
 	if s.forming != nil && s.forming.batch != nil {
 		err = s.forming.batch.Close()
@@ -182,9 +189,34 @@ func (s *Store) shut() error {
 	return err
 }
 
+var errClosed = fmt.Errorf("store is closed: %w", ErrBusy)
+
+// enter keeps the database open until leave.
+func (s *Store) enter() error {
+	s.using.Add(1)
+	if s.life.Err() != nil {
+		s.using.Add(-1)
+		return errClosed
+	}
+	return nil
+}
+
+func (s *Store) leave() { s.using.Add(-1) }
+
 // Run does what a store does by itself until ctx ends: it notices another front end, takes snapshots, and sees to its
 // segments.
 func (s *Store) Run(ctx context.Context) error {
+	s.mu.Lock()
+	if s.life.Err() != nil {
+		s.mu.Unlock()
+		return errClosed
+	}
+	s.wg.Add(1)
+	s.mu.Unlock()
+	defer s.wg.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.life, cancel)()
 	var wg sync.WaitGroup
 	wg.Go(func() { s.runHeartbeat(ctx) })
 	wg.Go(func() { s.runSnapshots(ctx) })

@@ -62,6 +62,10 @@ func (s *Store) Snapshot(ctx context.Context) error {
 	if s.old.Load() {
 		return ErrOld
 	}
+	if err := s.enter(); err != nil {
+		return err
+	}
+	defer s.leave()
 	logged, blocks := s.logged.Load(), s.blocks.Load()
 	snap := s.db.NewSnapshot()
 	defer snap.Close()
