@@ -17,10 +17,10 @@ const (
 	segmentSize  = 2 << 20
 	leastSegment = 1 << 20  // when many bodies are written at once
 	inFlight     = 3        // segments of a body
-	writeMemory  = 96 << 20 // plain bytes of all bodies that are being written
-	flyingMemory = 48 << 20 // of these, those that are being put; each has a half more or so in shards
-	readMemory   = 128 << 20
-	fetchMemory  = 64 << 20 // of shards that are being fetched
+	writeMemory  = 64 << 20 // plain bytes of all bodies that are being written
+	flyingMemory = 32 << 20 // of these, those that are being put; each has a half more or so in shards
+	readMemory   = 96 << 20
+	fetchMemory  = 32 << 20 // of shards that are being fetched
 
 	classStandard = "STANDARD"
 	classSecret   = "SHAMIR" // each byte is shared: what k−1 locations have says nothing, whatever is computed on
@@ -575,6 +575,10 @@ func (s *Store) piece(ctx context.Context, dst []byte, p Piece) ([]byte, error) 
 // find says where a piece is: a segment, a spot in a block, or in memory, since no block has it yet. What was dropped is
 // there until nobody can read it any more.
 func (s *Store) find(id disperse.ID) (r *record, at spot, small []byte, err error) {
+	if err := s.enter(); err != nil {
+		return nil, at, nil, err
+	}
+	defer s.leave()
 	v := view{r: s.db}
 	row, ok, err := v.get(idKey(tableSegment, id))
 	if err == nil && !ok {

@@ -197,8 +197,12 @@ func (s *Store) Retain(ctx context.Context, b Body, until time.Time) error {
 				continue
 			}
 			seen[at.sequence] = true
-			v := view{r: s.db}
-			row, ok, err := v.get(sequenceKey(tableBlock, at.sequence))
+			var row []byte
+			var ok bool
+			err := s.view(ctx, func(v *view) (err error) {
+				row, ok, err = v.get(sequenceKey(tableBlock, at.sequence))
+				return err
+			})
 			if err != nil || !ok {
 				return fmt.Errorf("retain block %d: %w", at.sequence, errors.Join(err, errRow))
 			}

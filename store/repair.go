@@ -325,6 +325,10 @@ func (s *Store) settle(ctx context.Context, cases []repairCase) error {
 
 // lookUp finds the record of an entry of the queue.
 func (s *Store) lookUp(c *repairCase) (*record, error) {
+	if err := s.enter(); err != nil {
+		return nil, err
+	}
+	defer s.leave()
 	v := view{r: s.db}
 	c.at = idKey(tableSegment, c.id)
 	if c.row.block > 0 {
@@ -438,6 +442,10 @@ func (s *Store) movable(block uint64) bool {
 	if block == 0 {
 		return true
 	}
+	if s.enter() != nil {
+		return false
+	}
+	defer s.leave()
 	last, err := readApplied(s.db)
 	return err == nil && last != nil && block+2 < last.sequence
 }

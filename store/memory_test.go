@@ -1,0 +1,111 @@
+package store
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// pattern is n bytes that take no memory.
+type pattern struct {
+	seed, at uint64
+	left     int64
+	sum      hash.Hash
+}
+
+func (p *pattern) Read(b []byte) (int, error) {
+	if p.left == 0 {
+		return 0, io.EOF
+	}
+	b = b[:min(int64(len(b)), p.left)]
+	for i := range b {
+		b[i] = byte((p.at + uint64(i)) * (p.seed | 1) >> 3)
+	}
+	p.sum.Write(b)
+	p.at, p.left = p.at+uint64(len(b)), p.left-int64(len(b))
+	return len(b), nil
+}
+
+const memoryVariable = "HOLDFAST_STORE_MEMORY"
+
+// Sixty-four bodies are written at once, and then read at once by clients that take their time. The long form has 256 MiB
+// each: what is held does not depend on it.
+func TestMemoryOfManyBodies(t *testing.T) {
+	const most = 512 << 10 // KiB
+	if os.Getenv(memoryVariable) == "" {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestMemoryOfManyBodies$", "-test.v")
+		cmd.Env = append(os.Environ(), memoryVariable+"=1")
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for line := range strings.Lines(string(out)) {
+			if strings.Contains(line, "KiB") {
+				t.Log(strings.TrimSpace(line))
+			}
+		}
+		return
+	}
+	size := int64(12 << 20)
+	if os.Getenv("HOLDFAST_LONG") != "" {
+		size = 256 << 20
+	}
+	ctx := t.Context()
+	s := newBed(t, 4, 6).opened()
+	bodies, sums := make([]Body, 64), make([][]byte, 64)
+	var wg sync.WaitGroup
+	for i := range bodies {
+		wg.Go(func() {
+			p := &pattern{seed: uint64(i), left: size, sum: sha256.New()}
+			b, err := s.Write(ctx, "", p, size)
+			if err == nil {
+				err = s.Update(ctx, func(tx Tx) error { tx.Keep(b); return nil })
+			}
+			if err != nil {
+				t.Error(err)
+			}
+			bodies[i], sums[i] = b, p.sum.Sum(nil)
+		})
+	}
+	wg.Wait()
+	t.Logf("writing: %d KiB resident at most", peak(t))
+	for i := range bodies {
+		wg.Go(func() {
+			r, err := s.Read(ctx, bodies[i], 0, size)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer r.Close()
+			h := sha256.New()
+			if _, err := io.Copy(h, struct{ io.Reader }{r}); err != nil || string(h.Sum(nil)) != string(sums[i]) {
+				t.Errorf("body %d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := peak(t); n > most {
+		t.Errorf("%d KiB were resident, at most %d", n, most)
+	} else {
+		t.Logf("reading: %d KiB resident at most", n)
+	}
+}
+
+func peak(t *testing.T) (kib int) {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Skip(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			fmt.Sscanf(v, "%d", &kib)
+		}
+	}
+	return kib
+}
