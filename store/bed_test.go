@@ -182,17 +182,7 @@ func (l *through) PutHead(ctx context.Context, seq uint64, b []byte) error {
 	return l.f.run(ctx, "head", func() error { return l.Location.PutHead(ctx, seq, b) })
 }
 func (l *through) Append(ctx context.Context, n location.Name, b []byte, seq uint64, signed []byte) error {
-	return l.f.run(ctx, "append", func() error {
-		if a, ok := l.Location.(interface {
-			Append(context.Context, location.Name, []byte, uint64, []byte) error
-		}); ok {
-			return a.Append(ctx, n, b, seq, signed)
-		}
-		if err := l.Location.Put(ctx, n, b, time.Time{}); err != nil {
-			return err
-		}
-		return l.Location.PutHead(ctx, seq, signed)
-	})
+	return l.f.run(ctx, "append", func() error { return l.Location.Append(ctx, n, b, seq, signed) })
 }
 func (l *through) Head(ctx context.Context) (h location.Head, err error) {
 	err = l.f.run(ctx, "gethead", func() (err error) { h, err = l.Location.Head(ctx); return err })

@@ -623,3 +623,46 @@ func TestKeysOfALaterEpoch(t *testing.T) {
 		t.Errorf("keys of an earlier epoch: %v", err)
 	}
 }
+
+// A location is so late with a block that it has the next one before. It gets the shard all the same.
+func TestALateShardArrivesBehindTheNextBlock(t *testing.T) {
+	ctx := t.Context()
+	b := newBed(t, 4, 6)
+	s := b.opened()
+	if err := set(ctx, s, "a", "0"); err != nil {
+		t.Fatal(err)
+	}
+	gate := make(chan struct{})
+	var first atomic.Bool
+	b.faults[5].set(func(_ context.Context, op string) error {
+		if op == "append" && !first.Swap(true) {
+			<-gate
+		}
+		return nil
+	}, nil)
+	if err := set(ctx, s, "a", "1"); err != nil {
+		t.Fatal(err)
+	}
+	late := s.last.record
+	if err := set(ctx, s, "a", "2"); err != nil {
+		t.Fatal(err)
+	}
+	for i := range late.members() {
+		if late.durable(i) {
+			continue
+		}
+		l := s.memberAt(late.members()[i]).Location
+		if _, err := l.Stat(ctx, late.name(i)); !errors.Is(err, location.ErrAbsent) {
+			t.Errorf("control: the late shard: %v", err)
+		}
+		close(gate)
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			if _, err := l.Stat(ctx, late.name(i)); err == nil {
+				return
+			} else if time.Now().After(end) {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Error("no shard was late")
+}

@@ -172,8 +172,8 @@ func (s *Store) open(ctx context.Context) error {
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) shut() error {
-	s.stop()
 	s.mu.Lock() // who has begun Run by now is waited for
+	s.stop()
 	s.mu.Unlock()
 	s.wg.Wait()
 	for s.using.Load() > 0 {

@@ -49,13 +49,7 @@ func (e *evil) Append(ctx context.Context, n location.Name, b []byte, seq uint64
 			return err
 		}
 	}
-	if a, ok := e.Location.(appender); ok {
-		return a.Append(ctx, n, b, seq, signed)
-	}
-	if err := e.Location.Put(ctx, n, b, time.Time{}); err != nil {
-		return err
-	}
-	return e.Location.PutHead(ctx, seq, signed)
+	return e.Location.Append(ctx, n, b, seq, signed)
 }
 
 func (e *evil) Get(ctx context.Context, n location.Name, off int64, p []byte) error {
@@ -1073,4 +1067,52 @@ func FuzzParseRecord(f *testing.F) {
 			t.Errorf("%+v", r)
 		}
 	})
+}
+
+func TestRecordIsFrozen(t *testing.T) {
+	r := record{ID: disperse.ID{1, 2, 3}, Size: 0x01020304 % disperse.MaxSegment, Scheme: disperse.Scheme{K: 2, N: 3}, Key: 7, Members: []uint16{1, 2, 0x309}}
+	for i := range 3 {
+		r.Names = append(r.Names, disperse.Name{byte(i + 1), 31: 0xff})
+		r.Wrap[i] = byte(0xa0 + i)
+	}
+	r.setDurable(1, false)
+	const want = "010102030000000000000000000000000000020304020300000007a0a1a200000000000000000000000000000000000000000000000000000000000000000000000000000000000000000002000000000000000000000000000000000101000000000000000000000000000000000000000000000000000000000000ff000202000000000000000000000000000000000000000000000000000000000000ff030903000000000000000000000000000000000000000000000000000000000000ff"
+	if got := fmt.Sprintf("%x", appendRecord(nil, &r)); got != want {
+		t.Errorf("record is\n%s", got)
+	}
+	for _, b := range [][]byte{nil, {1}, appendRecord(nil, &r)[:190], append(appendRecord(nil, &r), 0), append([]byte{3}, appendRecord(nil, &r)[1:]...)} {
+		if _, err := parseRecord(b); err == nil {
+			t.Errorf("%x is taken", b)
+		}
+	}
+}
+
+// A store that runs repairs by itself what a write left undone, and collects what was dropped.
+func TestRunDoesIt(t *testing.T) {
+	b, evils, s := evilBed(t, 4, 6, 6, func(c *Config) {
+		c.Upkeep.Collect, c.Upkeep.Audit, c.Upkeep.Scrub = 20*time.Millisecond, 20*time.Millisecond, 20*time.Millisecond
+	})
+	evils[0].put = func(context.Context, location.Name, []byte) error { return errFault }
+	evils[0].enabled.Store(true)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { s.Run(ctx); close(done) }()
+	want := noise(200_000)
+	body, dropped := keep(t, s, "a", "", want), keep(t, s, "b", "", want)
+	if err := s.Update(ctx, func(tx Tx) error { tx.Drop(dropped); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if st := statusOf(t, s); st.Degraded == 0 {
+		t.Errorf("while a location fails: %+v", st)
+	}
+	evils[0].enabled.Store(false)
+	eventually(t, func() bool {
+		st := statusOf(t, s)
+		return st.Degraded == 0 && st.Garbage == 0 && st.Members[0].Audits.Passed > 0
+	})
+	if n := really(t, b, s, body); n != 6 {
+		t.Errorf("%d shards", n)
+	}
+	cancel()
+	<-done
 }

@@ -108,11 +108,6 @@ type headBytes struct {
 	sign     func(*record) []byte
 }
 
-// appender is a location that takes a shard and a head as one.
-type appender interface {
-	Append(ctx context.Context, n location.Name, shard []byte, sequence uint64, signed []byte) error
-}
-
 // A flight is the shards of a segment on their way. Each is sent by a goroutine of its own, some of which outlive put.
 type flight struct {
 	s      *Store
@@ -166,13 +161,11 @@ func (s *Store) sendShard(ctx context.Context, m *member, n disperse.Name, shard
 		if h == nil {
 			return m.Location.Put(ctx, n, shard, time.Time{})
 		}
-		if a, ok := m.Location.(appender); ok {
-			return a.Append(ctx, n, shard, h.sequence, signed)
+		err := m.Location.Append(ctx, n, shard, h.sequence, signed)
+		if errors.Is(err, location.ErrOldHead) { // it was late, and the next block was faster
+			err = m.Location.Put(ctx, n, shard, time.Time{})
 		}
-		if err := m.Location.Put(ctx, n, shard, time.Time{}); err != nil {
-			return err
-		}
-		return m.Location.PutHead(ctx, h.sequence, signed)
+		return err
 	}
 	return s.announced(ctx, m, do)
 }
