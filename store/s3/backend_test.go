@@ -252,6 +252,10 @@ func TestWhatGoesWrongLeavesNothing(t *testing.T) {
 			in.Body = io.MultiReader(strings.NewReader("half"), readerFunc(func([]byte) (int, error) { return 0, broken }))
 		}, "IncompleteBody"},
 		{"the body is shorter than announced", func(_ *bench, in *s3response.PutObjectInput) { in.ContentLength = ptr(int64(100)) }, "IncompleteBody"},
+		{"the body is longer than announced", func(_ *bench, in *s3response.PutObjectInput) { in.ContentLength = ptr(int64(2)) }, "IncompleteBody"},
+		{"the end is not what was signed", func(_ *bench, in *s3response.PutObjectInput) {
+			in.Body = io.MultiReader(strings.NewReader("body"), readerFunc(func([]byte) (int, error) { return 0, s3err.GetAPIError(s3err.ErrSignatureDoesNotMatch) }))
+		}, "SignatureDoesNotMatch"},
 		{"a wrong checksum", func(_ *bench, in *s3response.PutObjectInput) { in.ChecksumCRC64NVME = ptr("AAAAAAAAAAA=") }, "BadDigest"},
 		{"another wrong checksum", func(_ *bench, in *s3response.PutObjectInput) { in.ChecksumSHA256 = ptr("AAAA") }, "BadDigest"},
 		{"the bucket goes meanwhile", func(b *bench, in *s3response.PutObjectInput) {

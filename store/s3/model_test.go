@@ -37,7 +37,11 @@ func (m *model) Write(_ context.Context, class string, r io.Reader, size int64) 
 		return body, fmt.Errorf("write: class %s: %w", class, store.ErrClass)
 	}
 	for {
-		b, err := io.ReadAll(io.LimitReader(r, int64(m.piece)))
+		most := int64(m.piece)
+		if size >= 0 { // a store that knows the size need not look for the end
+			most = min(most, size-body.Size)
+		}
+		b, err := io.ReadAll(io.LimitReader(r, most))
 		if err != nil {
 			m.Discard(body)
 			return store.Body{}, fmt.Errorf("write: %w", err)

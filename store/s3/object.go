@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/service/s3"
@@ -211,11 +212,17 @@ func condition(r store.Reader, k *bucket, name string, match, noneMatch *string)
 
 // write stores a body, and says what is wrong with it. size is what is announced, from which POST differs.
 func (b *objects) write(class string, s *source, size int64, exact bool) (store.Body, error) {
+	b.busy.Add(1)
+	defer b.busy.Add(-1)
 	hint := size
 	if !exact {
 		hint = -1
 	}
 	body, err := b.store.Write(context.Background(), class, s, hint)
+	if err == nil && !s.ended { // the signature of the last chunk, and what a trailer says, come at the end
+		var one [1]byte
+		_, _ = io.ReadFull(s, one[:])
+	}
 	switch {
 	case s.err != nil: // whatever the store makes of it
 		if err == nil {
@@ -226,17 +233,22 @@ func (b *objects) write(class string, s *source, size int64, exact bool) (store.
 			return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
 		}
 		return body, b.answer(s.err)
-	case s.cut || exact && s.ended && s.n != size:
+	case s.cut, exact && s.n > size, exact && s.ended && s.n < size:
 		if err == nil {
 			b.store.Discard(body)
 		}
-		return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
+		if s.cut {
+			return body, s3err.GetAPIError(s3err.ErrIncompleteBody)
+		}
+		return body, s3err.GetAPIError(s3err.ErrContentLengthMismatch)
 	}
 	return body, b.answer(err)
 }
 
 // keep runs a change that keeps body. The body goes unless the change may happen yet.
 func (b *objects) keep(body store.Body, f func(store.Tx) error) error {
+	b.busy.Add(1)
+	defer b.busy.Add(-1)
 	err := b.store.Update(context.Background(), f)
 	if err != nil && !errors.Is(err, store.ErrBusy) && len(body.Segments) > 0 {
 		b.store.Discard(body)
@@ -464,7 +476,43 @@ func (b *objects) body(body store.Body, off, n int64) (io.ReadCloser, error) {
 		return io.NopCloser(strings.NewReader("")), nil
 	}
 	r, err := b.store.Read(context.Background(), body, off, n)
-	return r, b.answer(err)
+	if err != nil {
+		return nil, b.answer(err)
+	}
+	b.busy.Add(1)
+	return &sending{r: r, b: b}, nil
+}
+
+// sending is a body on its way to a client.
+type sending struct {
+	r    io.ReadCloser
+	b    *objects
+	once sync.Once
+}
+
+func (s *sending) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	s.failed(err)
+	return n, err
+}
+
+// WriteTo implements io.WriterTo: a store's reader writes what it has where it lies.
+func (s *sending) WriteTo(w io.Writer) (int64, error) {
+	n, err := io.Copy(w, s.r)
+	s.failed(err)
+	return n, err
+}
+
+// failed logs what the client cannot be told any more: it has the header.
+func (s *sending) failed(err error) {
+	if errors.Is(err, store.ErrLost) || errors.Is(err, store.ErrBusy) {
+		s.b.log.Error("a body ends early", "error", err)
+	}
+}
+
+func (s *sending) Close() error {
+	s.once.Do(func() { s.b.busy.Add(-1) })
+	return s.r.Close()
 }
 
 // lock is what an answer says of one.

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -59,22 +60,49 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("serve s3: %w", err)
 	}
 	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop()
 	wg.Go(func() { b.runExpiry(ctx, cfg.Expire) })
 	var options []s3api.Option
 	if cfg.Ready != nil {
 		options = append(options, s3api.WithOnListen(cfg.Ready))
 	}
-	err = embedgw.RunVersityGW(ctx, b, &embedgw.Config{
-		RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
-		CertFile: cfg.Certificate, KeyFile: cfg.Key, KeepAlive: true, Quiet: true, LogLevel: debuglogger.LevelSilent,
-		MaxConnections: maxConnections, MaxRequests: maxRequests, MultipartMaxParts: maxParts,
-		SigHup: cfg.Reload, S3Options: options,
-	})
-	stop()
-	wg.Wait()
+	served := make(chan error, 1)
+	serve := func() error {
+		return embedgw.RunVersityGW(ctx, b, &embedgw.Config{
+			RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
+			CertFile: cfg.Certificate, KeyFile: cfg.Key, KeepAlive: true, Quiet: true, LogLevel: debuglogger.LevelSilent,
+			MaxConnections: maxConnections, MaxRequests: maxRequests, MultipartMaxParts: maxParts,
+			SigHup: cfg.Reload, S3Options: options,
+		})
+	}
+	go func() { served <- serve() }()
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		// It waits 10 s for connections on which nothing was ever asked. What was asked is let to its end.
+		err = b.idle(served)
+	}
 	if err != nil {
 		return fmt.Errorf("serve s3: %w", err)
+	}
+	return nil
+}
+
+// idle returns when the server has ended, or nothing is under way: for three looks, since between the steps of a request there
+// are moments when nothing seems to be.
+func (b *objects) idle(served <-chan error) error {
+	for quiet := 0; quiet < 3; {
+		select {
+		case err := <-served:
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+		if quiet++; b.busy.Load() > 0 {
+			quiet = 0
+		}
 	}
 	return nil
 }
@@ -85,7 +113,8 @@ type objects struct {
 	store                      store.Objects
 	log                        *slog.Logger
 	now                        func() time.Time
-	said                       sync.Map // errors that were logged, by text
+	said                       sync.Map     // errors that were logged, by text
+	busy                       atomic.Int64 // steps of requests, and bodies that are sent
 
 	buckets struct {
 		sync.RWMutex
@@ -108,10 +137,14 @@ func (b *objects) Shutdown()      {}
 // The context of a request says nothing about its client: fasthttp ends it with the server. What is under way then is let
 // to its end.
 func (b *objects) view(f func(store.Reader) error) error {
+	b.busy.Add(1)
+	defer b.busy.Add(-1)
 	return b.answer(b.store.View(context.Background(), f))
 }
 
 func (b *objects) update(f func(store.Tx) error) error {
+	b.busy.Add(1)
+	defer b.busy.Add(-1)
 	return b.answer(b.store.Update(context.Background(), f))
 }
 

@@ -1,6 +1,7 @@
 package s3_test
 
 import (
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -28,6 +29,7 @@ var servers = []struct {
 	forgets  bool   // it keeps nothing when it is killed
 }{
 	{"versitygw over a folder", folder, "", true, false},
+	{"holdfast", holdfast, "testdata/fullflow-expected.txt", false, false},
 }
 
 // tool is a program that make s3tools has built.
@@ -60,6 +62,27 @@ func folder(t testing.TB) server {
 	}}
 	s.process = daemon(t, s.url, dir, bin, "--port", s.url[len("http://"):], "--access", s.access, "--secret", s.secret, "--iam-dir", filepath.Join(dir, "iam"), "--quiet",
 		"posix", "--versioning-dir", filepath.Join(dir, "versions"), filepath.Join(dir, "objects"))
+	return s
+}
+
+// holdfast serves six locations under a folder, as somebody does who tries it.
+func holdfast(t testing.TB) server {
+	t.Helper()
+	dir := t.TempDir()
+	s := server{url: "http://" + freePort(t), access: "holdfastaccess", secret: "holdfastsecret", differs: map[string]string{
+		"minio-trailers: multipart":   "versitygw 1.8.0 takes the line feed before \\r\\n, with which minio-go ends a signed trailer, for a part of the checksum",
+		"minio-trailers: checksums":   "the same",
+		"mc: a checksum in a trailer": "the same",
+	}}
+	account := fmt.Sprintf(`{"access_key": %q, "secret_key": %q}`, s.access, s.secret)
+	if err := os.Mkdir(filepath.Join(dir, "store"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "store", "credentials.json"), []byte(account), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.process = daemon(t, s.url, dir, tool(t, "holdfast"), "run", "s3", "--dir", filepath.Join(dir, "store"), "--listen", s.url[len("http://"):],
+		"--scheme", "4/6", "--phrase-file", filepath.Join(dir, "phrase"))
 	return s
 }
 
