@@ -113,6 +113,7 @@ func (a *app) runCmd() *cobra.Command {
 			}
 		}, runGateway),
 		a.s3Cmd(),
+		a.runLocationCmd(),
 		hidden("init", "Process 1 of a box", func(context.Context, []string) error { return box.Init() }),
 		// A shim and a volume server outlive the agent and its signals; they handle their own.
 		hidden("shim DIR", "The process around one sandbox", func(_ context.Context, args []string) error {

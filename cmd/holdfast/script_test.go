@@ -26,6 +26,8 @@ import (
 	"holdfast/internal/testimage"
 	"holdfast/ledger"
 	"holdfast/node"
+	"holdfast/store"
+	"holdfast/store/location"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
@@ -54,6 +56,7 @@ func TestMain(m *testing.M) {
 //	initramfs FILE [PATH]…     an initramfs with what an image has, and empty files
 //	gateway ADDR               leads the user to another gateway
 //	seal-key PASSPHRASE        seals the user's key
+//	location VAR DIR STORE     a location in DIR that allows the front end of STORE; $VAR is its URL
 //
 // There are no machines and no gateway: whatever asks the gateway reaches the ledger's own server.
 func TestScripts(t *testing.T) {
@@ -76,7 +79,7 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", c)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey,
+			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
 		},
 	})
 }
@@ -225,6 +228,27 @@ func startMachine(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(g.client.Announce(g.Context(), a))
 	ts.Setenv(args[0], keys.ID.String())
 	ts.Setenv(args[0]+"_short", keys.ID.Short())
+}
+
+// startLocation runs a location until the script ends, by a signal, as its user would.
+func startLocation(ts *testscript.TestScript, _ bool, args []string) {
+	keys, err := store.LoadKeys(filepath.Join(ts.MkAbs(args[2]), s3Keys))
+	ts.Check(err)
+	pin, err := location.PinOf(keys.TLS())
+	ts.Check(err)
+	cmd := exec.Command("holdfast", "run", "location", "--json", "--dir", ts.MkAbs(args[1]), "--listen", "127.0.0.1:0", "--allow", pin.String()+":read,write,delete")
+	out, err := cmd.StdoutPipe()
+	ts.Check(err)
+	ts.Check(cmd.Start())
+	ts.Defer(func() {
+		cmd.Process.Signal(os.Interrupt)
+		if err := cmd.Wait(); err != nil {
+			ts.Logf("run location: %v", err)
+		}
+	})
+	var at struct{ URL string }
+	ts.Check(json.NewDecoder(out).Decode(&at))
+	ts.Setenv(args[0], at.URL)
 }
 
 // speak is a node that does nothing but talk.
