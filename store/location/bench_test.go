@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -104,6 +105,54 @@ func BenchmarkGet(b *testing.B) {
 				}
 			})
 		})
+	}
+}
+
+// BenchmarkEight has eight callers at one location, in this process and over TLS.
+func BenchmarkEight(b *testing.B) {
+	places := map[string]func(b *testing.B) Location{
+		"dir": func(b *testing.B) Location {
+			d := open(b, Config{Path: b.TempDir(), Trusted: true})
+			b.Cleanup(func() { d.Close() })
+			return announced(b, d.As(everything), 1)
+		},
+		"tls": func(b *testing.B) Location { return benchServer(b) },
+	}
+	for _, where := range []string{"dir", "tls"} {
+		for _, size := range []int{2 << 10, 1 << 20} {
+			run := func(what string, f func(l Location, n Name, p []byte, i int64) error) {
+				b.Run(fmt.Sprintf("%s/%s %d", where, what, size), func(b *testing.B) {
+					l := places[where](b)
+					first := make([]byte, size)
+					names := make([]Name, b.N+1)
+					if what == "get" {
+						names = names[:min(len(names), 64)]
+					}
+					for i := range names {
+						names[i] = distinct(first, int64(i))
+						if what == "get" {
+							good(b, "put", l.Put(context.Background(), names[i], first, time.Time{}))
+						}
+					}
+					var bufs [benchWorkers][]byte
+					for w := range bufs {
+						bufs[w] = make([]byte, size)
+					}
+					b.SetBytes(int64(size))
+					eight(b, func(w int, i int64) {
+						i %= int64(len(names))
+						binary.BigEndian.PutUint64(bufs[w], uint64(i))
+						if err := f(l, names[i], bufs[w], i); err != nil && !errors.Is(err, ErrOldHead) {
+							b.Error(err)
+						}
+					})
+				})
+			}
+			run("put", func(l Location, n Name, p []byte, _ int64) error { return l.Put(context.Background(), n, p, time.Time{}) })
+			run("get", func(l Location, n Name, p []byte, _ int64) error { return l.Get(context.Background(), n, 0, p) })
+			var head [1000]byte
+			run("append", func(l Location, n Name, p []byte, i int64) error { return l.Append(context.Background(), n, p, uint64(i), head[:]) })
+		}
 	}
 }
 

@@ -481,6 +481,12 @@ func TestFullDisk(t *testing.T) {
 		a = announced(t, d.As(everything), 1)
 	}
 	good(t, "head", a.PutHead(t.Context(), 1, []byte("head")))
+	m, c := shardOf(t, 300<<10)
+	wants(t, "append", a.Append(t.Context(), m, c, 2, []byte("two")), ErrFull)
+	wants(t, "what did not fit", a.Get(t.Context(), m, 0, nil), ErrAbsent)
+	if h, err := a.Head(t.Context()); err != nil || h.Sequence != 1 {
+		t.Errorf("head without its shard: %+v %v", h, err)
+	}
 	// To make room, it needs some.
 	for n := range data {
 		good(t, "delete", a.Delete(t.Context(), n))
