@@ -243,7 +243,14 @@ func quorum(c disperse.Scheme) int { return min(c.N, max(c.K+1, (c.N+c.K+1)/2)) 
 func (s *Store) openDatabase() error {
 	cache := pebble.NewCache(64 << 20) // memtables count too
 	defer cache.Unref()
-	db, err := pebble.Open(filepath.Join(s.cfg.Dir, "metadata"), databaseOptions(cache, s.log))
+	dir := filepath.Join(s.cfg.Dir, "metadata")
+	db, err := pebble.Open(dir, databaseOptions(cache, s.log))
+	if s.cfg.Restore && pebble.IsCorruptionError(err) {
+		s.log.Warn("the database is damaged, and made anew from the locations", "error", err)
+		if err = os.RemoveAll(dir); err == nil {
+			db, err = pebble.Open(dir, databaseOptions(cache, s.log))
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("database: %w", err)
 	}

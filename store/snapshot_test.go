@@ -9,6 +9,7 @@ import (
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -201,6 +202,39 @@ func TestAnOldDatabaseIsMadeAnew(t *testing.T) {
 	}
 	if got, err := getObject(ctx, s, "first"); err != nil || string(got) != "first body" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A database that the disk has spoilt says so, and a restore makes it anew in the same directory.
+func TestADamagedDatabaseIsRestored(t *testing.T) {
+	ctx := t.Context()
+	b := newBed(t, 4, 6)
+	s := b.open()
+	if err := set(ctx, s, "a", "1"); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	files, err := filepath.Glob(filepath.Join(b.frontAt, "metadata", "MANIFEST-*"))
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files {
+		if err := os.WriteFile(f, bytes.Repeat([]byte("spoilt "), 1000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err := Open(ctx, b.config()); err == nil {
+		s.Close()
+		t.Fatal("it was opened")
+	}
+	c := b.config()
+	c.Restore = true
+	if s, err = Open(ctx, c); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if got := value(t, s, "a"); got != "1" {
+		t.Errorf("a is %q", got)
 	}
 }
 
