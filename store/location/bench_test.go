@@ -148,10 +148,14 @@ func BenchmarkEight(b *testing.B) {
 					})
 				})
 			}
-			run("put", func(l Location, n Name, p []byte, _ int64) error { return l.Put(context.Background(), n, p, time.Time{}) })
+			run("put", func(l Location, n Name, p []byte, _ int64) error {
+				return l.Put(context.Background(), n, p, time.Time{})
+			})
 			run("get", func(l Location, n Name, p []byte, _ int64) error { return l.Get(context.Background(), n, 0, p) })
 			var head [1000]byte
-			run("append", func(l Location, n Name, p []byte, i int64) error { return l.Append(context.Background(), n, p, uint64(i), head[:]) })
+			run("append", func(l Location, n Name, p []byte, i int64) error {
+				return l.Append(context.Background(), n, p, uint64(i), head[:])
+			})
 		}
 	}
 }
