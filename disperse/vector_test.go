@@ -103,7 +103,7 @@ func TestFormatIsFrozen(t *testing.T) {
 			{Name: "short", Scheme: Scheme{4, 6}, Seed: 2, Places: places(6), StoreKey: store, Plain: hex.EncodeToString([]byte("any four of six"))},
 			{Name: "copies", Scheme: Scheme{1, 2}, Seed: 3, Places: places(2), StoreKey: store, Plain: "00"},
 			{Name: "leaves", Scheme: Scheme{4, 6}, Seed: 4, Places: places(6), StoreKey: store, Long: 100_000},
-			{Name: "wide", Scheme: Scheme{16, 20}, Seed: 5, Places: places(20), StoreKey: store, Long: 1_000_000},
+			{Name: "wide", Scheme: Scheme{16, 20}, Seed: 5, Places: places(20), StoreKey: store, Long: 200_000},
 			{Name: "secret", Scheme: Scheme{3, 5}, Seed: 6, Places: places(5), Plain: hex.EncodeToString([]byte("to be or not to be"))},
 		}
 		for i := range all {
