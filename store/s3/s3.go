@@ -187,12 +187,6 @@ func (b *objects) once(what string, err error) {
 	b.log.Warn(what, "error", err)
 }
 
-// account is who asks.
-func account(ctx context.Context) auth.Account {
-	a, _ := ctx.Value("account").(auth.Account)
-	return a
-}
-
 func str(p *string) string {
 	if p == nil {
 		return ""
