@@ -19,7 +19,7 @@ const (
 	inFlight     = 3        // segments of a body
 	writeMemory  = 64 << 20 // plain bytes of all bodies that are being written
 	flyingMemory = 32 << 20 // of these, those that are being put; each has a half more or so in shards
-	readMemory   = 96 << 20
+	readMemory   = 128 << 20
 	fetchMemory  = 32 << 20 // of shards that are being fetched
 
 	classStandard = "STANDARD"

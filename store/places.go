@@ -115,6 +115,9 @@ func (m *member) answered(err error, _ time.Duration) {
 
 // fail closes the circuit after the second failure, for longer each time. Call it with mu held.
 func (m *member) fail(err error) {
+	if !m.shut.IsZero() && time.Now().Before(m.shut) {
+		return // many requests at once fail for one reason
+	}
 	m.fails++
 	m.why = err
 	if m.down.IsZero() {

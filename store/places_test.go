@@ -221,9 +221,9 @@ func TestPlacement(t *testing.T) {
 }
 
 func TestNoFarmGetsMoreThanItsShare(t *testing.T) {
-	_, _, s := evilBed(t, 4, 6, 8, func(c *Config) {
+	_, _, s := evilBed(t, 4, 6, 12, func(c *Config) {
 		for i := range c.Members {
-			c.Members[i].Farm = fmt.Sprint(i / 2)
+			c.Members[i].Farm = fmt.Sprint(i / 3)
 		}
 	})
 	got := map[*member]int{}
@@ -246,7 +246,7 @@ func TestNoFarmGetsMoreThanItsShare(t *testing.T) {
 				t.Fatalf("farm %s got %d", f, n)
 			}
 		}
-		if len(seen) != 6 || round >= 200 && seen[s.all[3]] || len(spares) > 2 {
+		if len(seen) != 6 || round >= 200 && seen[s.all[3]] || len(spares) > 6 {
 			t.Fatalf("round %d: %d different, %d spares, the liar too: %v", round, len(seen), len(spares), seen[s.all[3]])
 		}
 	}
@@ -461,6 +461,38 @@ func TestAnotherValidShardIsNotTaken(t *testing.T) {
 	repairAll(t, s)
 	if n := really(t, b, s, second); n != 6 {
 		t.Errorf("%d shards", n)
+	}
+}
+
+// A location says that it has a shard, and has other bytes. It is written again, in its place, since there is no spare.
+func TestWrongBytesAreReplaced(t *testing.T) {
+	b, evils, s := evilBed(t, 4, 6, 6, nil)
+	want := noise(200_000)
+	body := keep(t, s, "a", "", want)
+	r := recordOf(t, s, body)
+	at := int(s.placeOf(r.Members[0])[0] - 1)
+	var mended atomic.Bool
+	evils[at].get = func(ctx context.Context, n location.Name, off int64, p []byte) error {
+		err := evils[at].Location.Get(ctx, n, off, p)
+		if n == r.Names[0] && !mended.Load() {
+			p[0]++
+		}
+		return err
+	}
+	evils[at].put = func(_ context.Context, n location.Name, _ []byte) error {
+		if n == r.Names[0] {
+			mended.Store(true)
+		}
+		return nil
+	}
+	evils[at].enabled.Store(true)
+	same(t, s, body, want)
+	repairAll(t, s)
+	if n := really(t, b, s, body); n != 6 || !mended.Load() {
+		t.Errorf("%d shards, written again: %v", n, mended.Load())
+	}
+	if st := statusOf(t, s); st.Degraded != 0 || st.Queue != 0 {
+		t.Errorf("%+v", st)
 	}
 }
 
