@@ -179,6 +179,12 @@ func (s *Store) randomRecord(ctx context.Context) (r *record, err error) {
 		if !ok {
 			ok = c.Seek(nil)
 		}
+		// Gaps between IDs differ: a few steps more even out who is drawn.
+		for j := rand.IntN(32); ok && j > 0; j-- {
+			if !c.Next() {
+				c.Seek(nil)
+			}
+		}
 		var b []byte
 		if ok {
 			b = append(b, c.Value()...)

@@ -200,6 +200,10 @@ func (s *Store) Write(ctx context.Context, class string, r io.Reader, size int64
 	if s.old.Load() {
 		return Body{}, ErrOld
 	}
+	if err := s.enter(); err != nil {
+		return Body{}, err
+	}
+	defer s.leave()
 	if size >= 0 && size <= smallBody && !secret {
 		// The usual small body needs no memory but its own.
 		b := make([]byte, size, size+1)

@@ -571,7 +571,10 @@ func TestALiarIsFoundByAnAudit(t *testing.T) {
 	for i, x := range bodies {
 		same(t, s, x, wants[i])
 		if n := really(t, b, s, x); n != 6 {
-			t.Errorf("body %d has %d shards: %v", i, n, recordOf(t, s, x).Members)
+			t.Errorf("body %d has %d shards: %+v", i, n, recordOf(t, s, x))
+			for _, m := range s.all {
+				t.Logf("%v: suspect %v, usable %v, wanted %v, %v", m.index, m.suspect.Load(), m.usable(), m.wanted(), m.why)
+			}
 		}
 	}
 }

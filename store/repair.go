@@ -44,6 +44,7 @@ func parseQueue(key, value []byte) (id disperse.ID, q queueRow, err error) {
 // Upkeep is how often a store does what it does by itself. Zero values are the defaults.
 type Upkeep struct {
 	RepairAfter time.Duration // how long a location may be silent before its shards are made anew elsewhere; 0 means 10 min
+	RepairRate  int           // bytes a second that repair makes; 0 means no bound
 	Collect     time.Duration // between two collections of what was dropped; 0 means 1 min
 	Grace       time.Duration // how long what was dropped stays at least; 0 means 1 min
 	Scrub       time.Duration // between two comparisons of all records with all locations; 0 means 6 h
@@ -152,6 +153,7 @@ func (s *Store) Repair(ctx context.Context) (Repaired, error) {
 	if err := s.enqueueNoticed(ctx); err != nil {
 		return sum, err
 	}
+	pace := pacer{rate: s.cfg.Upkeep.RepairRate, begin: time.Now()}
 	const page, workers = 64, 4
 	for from := ownKey(tableQueue); from != nil; {
 		var keys, values [][]byte
@@ -192,6 +194,9 @@ func (s *Store) Repair(ctx context.Context) (Repaired, error) {
 		for i := range cases {
 			sum.add(&cases[i].did)
 			s.say("repair", cases[i].err)
+			if err := pace.did(ctx, int(cases[i].did.Bytes)); err != nil {
+				return sum, err
+			}
 		}
 	}
 	return sum, ctx.Err()

@@ -194,10 +194,11 @@ func (s *Store) scrubMember(ctx context.Context, m *member, lo, hi uint32, want 
 			}
 			e, ok := want[info.Name]
 			switch {
-			case !ok || e.member != m.index:
+			case !ok:
 				if len(found) < maxOrphans {
 					found[orphan{m.index, info.Name}] = true
 				}
+			case e.member != m.index: // never an orphan: rather is the index wrong
 			case info.Rotten || e.size > 0 && info.Size != int64(e.size):
 				continue // stays in want
 			default:
