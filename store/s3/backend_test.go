@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/md5"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -604,4 +606,25 @@ func TestUsersSecretsAreSealed(t *testing.T) {
 	if _, err := u.GetUserAccount("anna"); !errors.Is(err, auth.ErrNoSuchUser) {
 		t.Errorf("after its end: %v", err)
 	}
+}
+
+// TestETagsAreMD5 with few bodies and many at once: the sums that are made side by side are the same.
+func TestETagsAreMD5(t *testing.T) {
+	b := newBench(t, false)
+	defer b.etags.close()
+	var wg sync.WaitGroup
+	for i := range 3 * sideBySide {
+		wg.Go(func() {
+			body := bytes.Repeat([]byte{byte(i), 1, 2}, largeBody/3+i+1)
+			out, err := b.try(fmt.Sprint(i), string(body), nil)
+			if want := fmt.Sprintf(`"%x"`, md5.Sum(body)); err != nil || out.ETag != want {
+				t.Errorf("%s %v, want %s", out.ETag, err, want)
+			}
+		})
+	}
+	wg.Wait()
+	if !b.etags.used.Load() || b.etags.large.Load() != 0 {
+		t.Errorf("side by side %v, %d are open", b.etags.used.Load(), b.etags.large.Load())
+	}
+	b.whole()
 }

@@ -324,10 +324,11 @@ func (b *objects) PutObject(ctx context.Context, in s3response.PutObjectInput) (
 	if _, ok := in.Body.(utils.MpFileReader); ok { // a form, whose end is found by reading it
 		exact = false
 	}
-	src, err := newSource(in.Body, algorithm, want, false)
+	src, err := b.etags.source(in.Body, size, algorithm, want, false)
 	if err != nil {
 		return out, b.answer(err)
 	}
+	defer src.close()
 	if c, ok := ctx.(*fasthttp.RequestCtx); ok { // versitygw does not pass it on
 		o.class = string(c.Request.Header.Peek("X-Amz-Storage-Class"))
 	}
@@ -737,8 +738,9 @@ func (b *objects) CopyObject(_ context.Context, in s3response.CopyObjectInput) (
 	if err != nil {
 		return out, err
 	}
-	src, err := newSource(r, algorithm, "", false)
+	src, err := b.etags.source(r, s.object.size, algorithm, "", false)
 	if err == nil {
+		defer src.close()
 		o.body, err = b.write(o.class, src, s.object.size, true)
 	}
 	r.Close()

@@ -61,6 +61,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
+	defer b.etags.close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer stop()
@@ -112,6 +113,7 @@ type objects struct {
 	backend.BackendUnsupported // what no method here does
 	store                      store.Objects
 	log                        *slog.Logger
+	etags                      *etags
 	now                        func() time.Time
 	said                       sync.Map     // errors that were logged, by text
 	busy                       atomic.Int64 // steps of requests, and bodies that are sent
@@ -126,7 +128,7 @@ type objects struct {
 var _ backend.Backend = (*objects)(nil)
 
 func newBackend(s store.Objects, log *slog.Logger) *objects {
-	b := &objects{store: s, log: log, now: time.Now}
+	b := &objects{store: s, log: log, etags: newEtags(), now: time.Now}
 	b.buckets.known = map[string]*bucket{}
 	return b
 }

@@ -161,10 +161,11 @@ func (b *objects) UploadPart(_ context.Context, in *s3.UploadPartInput) (*s3.Upl
 	if in.ContentLength != nil {
 		size = *in.ContentLength
 	}
-	src, err := newSource(in.Body, algorithm, want, o.sum.algorithm == "")
+	src, err := b.etags.source(in.Body, size, algorithm, want, o.sum.algorithm == "")
 	if err != nil {
 		return nil, b.answer(err)
 	}
+	defer src.close()
 	p := &part{}
 	if p.body, err = b.write(o.class, src, size, true); err != nil {
 		return nil, err
@@ -212,8 +213,9 @@ func (b *objects) UploadPartCopy(_ context.Context, in *s3.UploadPartCopyInput) 
 		return out, err
 	}
 	p := &part{}
-	src, err := newSource(r, o.sum.algorithm, "", o.sum.algorithm == "")
+	src, err := b.etags.source(r, n, o.sum.algorithm, "", o.sum.algorithm == "")
 	if err == nil {
+		defer src.close()
 		p.body, err = b.write(o.class, src, n, true)
 	}
 	r.Close()
