@@ -6,13 +6,18 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"sync"
 	"testing"
 	"time"
+
+	"holdfast/disperse"
+	"holdfast/store/location"
 )
 
 // collect plays the collector: nobody reads what was let go.
@@ -289,9 +294,7 @@ func TestAFrontEndDiesInASnapshot(t *testing.T) {
 }
 
 func TestFormatsOfTheLog(t *testing.T) {
-	r := &ref{7, 3, 9, record{}}
 	b := block{sequence: 8, epoch: 3, ops: appendOp(appendOp(nil, opSet, []byte("k"), []byte("v")), opDelete, []byte("k2"), nil), bodies: []byte("bodies")}
-	_ = r
 	p := b.append(nil)
 	got, err := parseBlock(p)
 	if err != nil || got.sequence != 8 || got.epoch != 3 || got.prev != nil || !bytes.Equal(got.ops, b.ops) || string(got.bodies) != "bodies" {
@@ -306,6 +309,51 @@ func TestFormatsOfTheLog(t *testing.T) {
 	for i := range p[:blockFixed] {
 		if _, err := parseBlock(p[:i]); err == nil {
 			t.Errorf("%d bytes are a block", i)
+		}
+	}
+}
+
+// largeHead is one of the most places that the log takes.
+func largeHead() *head {
+	h := &head{epoch: 3, sequence: 9, key: 1, places: map[uint16]disperse.Place{}}
+	r := record{ID: disperse.ID{1}, Size: 77, Scheme: disperse.Scheme{K: 16, N: maxLogPlaces}, Key: 1}
+	for i := range uint16(maxLogPlaces) {
+		r.Members = append(r.Members, i)
+		r.Names = append(r.Names, disperse.Name{byte(i)})
+		h.places[i] = disperse.Place{byte(i), 1}
+	}
+	h.last, h.before, h.snapshot = &ref{8, 3, 9, r}, &ref{7, 2, 4, r}, &snapshotRef{5, r}
+	return h
+}
+
+func TestHeadsAreSignedAndFit(t *testing.T) {
+	keys, err := Root{1}.Keys(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := largeHead()
+	b := keys.sign(h)
+	if len(b) > location.MaxHead {
+		t.Errorf("a head of %d places has %d bytes, at most %d", maxLogPlaces, len(b), location.MaxHead)
+	}
+	got, err := keys.verify(location.Head{Epoch: 3, Sequence: 9, Bytes: b})
+	if err != nil || !reflect.DeepEqual(got, h) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for name, l := range map[string]location.Head{
+		"another epoch":    {Epoch: 4, Sequence: 9, Bytes: b},
+		"another sequence": {Epoch: 3, Sequence: 8, Bytes: b},
+		"nothing":          {Epoch: 3, Sequence: 9},
+	} {
+		if _, err := keys.verify(l); !errors.Is(err, errHead) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for i := range b {
+		bad := bytes.Clone(b)
+		bad[i] ^= 0x80
+		if _, err := keys.verify(location.Head{Epoch: 3, Sequence: 9, Bytes: bad}); !errors.Is(err, errHead) {
+			t.Fatalf("byte %d was changed: %v", i, err)
 		}
 	}
 }
@@ -334,7 +382,7 @@ func FuzzParseBlock(f *testing.F) {
 }
 
 func FuzzParseHead(f *testing.F) {
-	f.Add([]byte(headMagic + "0000000000000000000000"))
+	f.Add(largeHead().append(nil))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		h, err := parseHead(p)
 		if err == nil && h.last == nil {
