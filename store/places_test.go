@@ -699,6 +699,46 @@ func TestASpareTakesTheShardOfOneThatFails(t *testing.T) {
 	}
 }
 
+// A member that is left out, because it did not answer, is asked when there is no quorum without it.
+func TestOneThatIsLeftOutIsAskedWhenItIsNeeded(t *testing.T) {
+	_, evils, s := evilBed(t, 4, 6, 6, nil)
+	fails := func(context.Context, location.Name, []byte) error { return errFault }
+	evils[5].put, evils[0].put = fails, fails
+	evils[5].enabled.Store(true)
+	for i := range 3 {
+		keep(t, s, fmt.Sprint(i), "", noise(100_000))
+	}
+	if s.all[5].usable() {
+		t.Fatal("it is not left out")
+	}
+	evils[5].enabled.Store(false)
+	evils[0].enabled.Store(true)
+	want := noise(100_000)
+	body, err := s.Write(t.Context(), "", bytes.NewReader(want), -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	same(t, s, body, want)
+}
+
+// Classes have schemes of their own.
+func TestClasses(t *testing.T) {
+	b, _, s := evilBed(t, 4, 6, 20, func(c *Config) { c.Classes = map[string]disperse.Scheme{"16/20": {K: 16, N: 20}} })
+	want := noise(3 << 20)
+	wide, usual := keep(t, s, "a", "16/20", want), keep(t, s, "b", classStandard, want)
+	same(t, s, wide, want)
+	same(t, s, usual, want)
+	if n, m := really(t, b, s, wide), really(t, b, s, usual); n != 20 || m != 6 {
+		t.Errorf("%d and %d shards", n, m)
+	}
+	if _, err := s.Write(t.Context(), "GLACIER", bytes.NewReader(want), -1); !errors.Is(err, ErrClass) {
+		t.Errorf("an unknown class: %v", err)
+	}
+	if st := statusOf(t, s); len(st.Durable) != 2 {
+		t.Errorf("%+v", st.Durable)
+	}
+}
+
 func TestDrainAndRemove(t *testing.T) {
 	ctx := t.Context()
 	b, _, s := evilBed(t, 4, 6, 7, func(c *Config) { c.Fragile = false })

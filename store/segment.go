@@ -230,10 +230,13 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 	}
 	least := quorum(c)
 	running, begin := 0, time.Now()
+	var unsent []int
 	for i, m := range chosen {
 		if m.usable() || up < least {
 			f.send(i, r.Names[i], e.Shards[i], m)
 			running++
+		} else {
+			unsent = append(unsent, i)
 		}
 	}
 	if s.cfg.DegradedWrites {
@@ -272,6 +275,13 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 				why = append(why, fmt.Errorf("location %v: %w", l.by.ID, l.err))
 				if r.Members[l.shard] == l.by.index {
 					spare(l.shard)
+				}
+				if durable+running < least { // those that did not answer may do so again
+					for _, i := range unsent {
+						f.send(i, r.Names[i], e.Shards[i], chosen[i])
+						running++
+					}
+					unsent = nil
 				}
 			case r.durable(l.shard):
 				waste = append(waste, l)
