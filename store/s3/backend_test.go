@@ -612,11 +612,14 @@ func TestUsersSecretsAreSealed(t *testing.T) {
 func TestETagsAreMD5(t *testing.T) {
 	b := newBench(t, false)
 	defer b.etags.close()
-	var wg sync.WaitGroup
+	var wg, begun sync.WaitGroup
+	begun.Add(3 * sideBySide)
 	for i := range 3 * sideBySide {
 		wg.Go(func() {
 			body := bytes.Repeat([]byte{byte(i), 1, 2}, largeBody/3+i+1)
-			out, err := b.try(fmt.Sprint(i), string(body), nil)
+			out, err := b.try(fmt.Sprint(i), string(body), func(in *s3response.PutObjectInput) {
+				in.Body = io.MultiReader(meanwhile(func() { begun.Done(); begun.Wait() }), in.Body)
+			})
 			if want := fmt.Sprintf(`"%x"`, md5.Sum(body)); err != nil || out.ETag != want {
 				t.Errorf("%s %v, want %s", out.ETag, err, want)
 			}
