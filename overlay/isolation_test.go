@@ -129,8 +129,8 @@ func TestForgedPeerSourcesAreDropped(t *testing.T) {
 		}
 		return nil
 	}))
-	say := func(src netip.Addr, text string) {
-		must(t, within(evil, func() error {
+	say := func(src netip.Addr, text string) error {
+		return within(evil, func() error {
 			c, err := net.DialUDP("udp6", net.UDPAddrFromAddrPort(netip.AddrPortFrom(src, 0)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(v, 9)))
 			if err != nil {
 				return err
@@ -138,18 +138,20 @@ func TestForgedPeerSourcesAreDropped(t *testing.T) {
 			defer c.Close()
 			_, err = io.WriteString(c, text)
 			return err
-		}))
+		})
 	}
 	honest := func(text string) {
 		t.Helper()
-		if !soon(10*time.Second, func() bool { say(mine, text); return seen.has(text) }) {
-			t.Fatal("control: the peer's own source did not arrive")
+		// Until the network has come up there is no route, and a socket says so.
+		var err error
+		if !soon(10*time.Second, func() bool { err = say(mine, text); return seen.has(text) }) {
+			t.Fatalf("control: the peer's own source did not arrive: %v", err)
 		}
 	}
 	honest("honest 1")
-	say(other, "forged other")
-	say(ms[0].cfg.Self, "forged self")
-	say(netip.MustParseAddr("2001:db8:bad::1"), "forged public")
+	must(t, say(other, "forged other"))
+	must(t, say(ms[0].cfg.Self, "forged self"))
+	must(t, say(netip.MustParseAddr("2001:db8:bad::1"), "forged public"))
 	honest("honest 2")
 	if seen.has("forged") {
 		t.Error("a forged source came through the tunnel")
@@ -158,7 +160,7 @@ func TestForgedPeerSourcesAreDropped(t *testing.T) {
 	p1, p2 := ms[1].as(ms[0]), ms[2].as(ms[0])
 	p1.Addrs, p2.Addrs = append(p1.Addrs, p2.Addrs[1]), p2.Addrs[:1]
 	must(t, ms[0].SetPeers([]Peer{p1, p2}))
-	if !soon(5*time.Second, func() bool { say(other, "forged other"); return seen.has("forged other") }) {
+	if !soon(5*time.Second, func() bool { must(t, say(other, "forged other")); return seen.has("forged other") }) {
 		t.Error("control: the forged source never arrives")
 	}
 }

@@ -11,8 +11,8 @@ go test -p 1 -count=1 -timeout 20m "$@" "${rooms[@]}" 2>&1 | tee "$out" || fail=
 go test -count=1 -timeout 20m "$@" ./internal/lab > "$lab" 2>&1 &
 waiting=$!
 # The race detector needs a C compiler. Left out: what is slow on purpose (a passphrase) and what measures memory.
-CGO_ENABLED=1 go test -race -short -count=1 -timeout 15m -skip "TestKeyFile|TestHostileInputTakesLittleMemory" \
-  ./access ./ca ./contract ./identity ./ledger ./node ./reconcile ./schedule ./seal ./store ./gateway 2>&1 | tee -a "$out" || fail=1
+CGO_ENABLED=1 go test -race -short -count=1 -timeout 15m -skip "TestKeyFile|TestHostileInputTakesLittleMemory|TestMemory" \
+  ./access ./ca ./contract ./disperse ./gateway ./identity ./ledger ./node ./reconcile ./schedule ./seal ./store ./store/location 2>&1 | tee -a "$out" || fail=1
 wait "$waiting" || fail=1
 tee -a "$out" < "$lab"
 echo "the slowest packages:"
