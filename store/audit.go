@@ -62,6 +62,11 @@ type Audited struct {
 // Audit has locations prove that they hold n shards, each by leaves drawn at random, and records how they did. What they
 // cannot prove is made anew; who gives a wrong proof gets nothing new while others are there.
 func (s *Store) Audit(ctx context.Context, n int) (sum Audited, err error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return sum, err
+	}
+	defer end()
 	type result struct {
 		passed, failed uint64
 		shard          disperse.Name

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -200,10 +201,9 @@ func (s *Store) Write(ctx context.Context, class string, r io.Reader, size int64
 	if s.old.Load() {
 		return Body{}, ErrOld
 	}
-	if err := s.enter(); err != nil {
-		return Body{}, err
+	if s.life.Err() != nil {
+		return Body{}, errClosed
 	}
-	defer s.leave()
 	if size >= 0 && size <= smallBody && !secret {
 		// The usual small body needs no memory but its own.
 		b := make([]byte, size, size+1)
@@ -311,6 +311,12 @@ func (w *writer) run(ctx context.Context, r io.Reader, size int64) error {
 		w.body.Size += int64(n)
 		put := func() {
 			defer free()
+			ctx, end, err := s.begin(ctx) // Close does not wait for who sends the bytes
+			if err != nil {
+				w.fail(err)
+				return
+			}
+			defer end()
 			if err := s.putting.take(ctx, n, s.cfg.Timeout); err != nil {
 				w.fail(err)
 				return
@@ -462,27 +468,41 @@ func (r *bodyReader) want(now, here bool) bool {
 		next.size = size
 	}
 	r.pieces, r.ahead = r.pieces[1:], append(r.ahead, next)
-	fetch := func() {
+	fetch := func(ctx context.Context) {
 		defer close(next.done)
 		if next.err != nil {
 			return
 		}
 		if next.size > 0 {
-			if next.err = r.s.fetching.take(r.ctx, next.size, r.s.cfg.Timeout); next.err != nil {
+			if next.err = r.s.fetching.take(ctx, next.size, r.s.cfg.Timeout); next.err != nil {
 				return
 			}
 			defer r.s.fetching.give(next.size)
 			next.b = r.s.buffers.get(next.size)[:0]
 		}
-		next.b, next.err = r.s.piece(r.ctx, next.b, p)
+		next.b, next.err = r.s.piece(ctx, next.b, p)
 		if next.err == nil && len(next.b) != int(p.Size) {
 			next.err = fmt.Errorf("segment %v has %d bytes, not %d: %w", p.ID, len(next.b), p.Size, errRow)
 		}
 	}
+	if here && next.size == 0 {
+		fetch(r.ctx)
+		return true
+	}
+	ctx, end, err := r.s.begin(r.ctx)
+	if err != nil {
+		next.err = cmp.Or(next.err, err)
+		close(next.done)
+		return true
+	}
+	run := func() {
+		defer end()
+		fetch(ctx)
+	}
 	if here {
-		fetch()
+		run()
 	} else {
-		go fetch()
+		go run()
 	}
 	return true
 }

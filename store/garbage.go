@@ -14,6 +14,11 @@ import (
 // Collect removes what was dropped, for long enough that nobody reads it. Where a location is silent its shards are left to
 // the sweep.
 func (s *Store) Collect(ctx context.Context) error {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	before := s.running.oldest().Add(-s.cfg.Upkeep.defaults().Grace)
 	for from := ownKey(tableGarbage); from != nil; {
 		type piece struct {

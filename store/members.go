@@ -48,6 +48,11 @@ func (s *Store) setState(ctx context.Context, m *member, st State) error {
 // Drain has a location get nothing new, and what it has made elsewhere; the queue of repairs does it. Of a location that is
 // lost it does the same. It is refused where the others are too few.
 func (s *Store) Drain(ctx context.Context, id disperse.Place) error {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	m, err := s.memberOf(id)
 	if err != nil {
 		return err
@@ -145,6 +150,11 @@ func compareKeys(a, b []byte) int {
 // Remove lets go of a location that has been drained. It is refused as long as a segment has a shard there, and until the
 // newest snapshot names it no more.
 func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	m, err := s.memberOf(id)
 	if err != nil {
 		return err
@@ -183,6 +193,11 @@ func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
 
 // Retain locks the shards of a body at their locations until a time: nobody who has the front end's keys can delete them.
 func (s *Store) Retain(ctx context.Context, b Body, until time.Time) error {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	seen := map[uint64]bool{}
 	for _, p := range b.Segments {
 		r, at, small, err := s.find(p.ID)

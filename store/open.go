@@ -101,8 +101,7 @@ type Store struct {
 
 	stop context.CancelFunc
 	life context.Context
-	wg   sync.WaitGroup
-	// using counts who reads the database. It may be entered again by who is in it.
+	// using counts who uses the database or a location: calls, and what they leave running. Close waits for all.
 	using atomic.Int64
 	close func() error
 }
@@ -164,7 +163,7 @@ func (s *Store) open(ctx context.Context) error {
 		return err
 	}
 	s.forming = s.newGroup(nil)
-	s.wg.Go(s.runLog)
+	s.spawn(s.runLog)
 	return nil
 }
 
@@ -172,10 +171,7 @@ func (s *Store) open(ctx context.Context) error {
 func (s *Store) Close() error { return s.close() }
 
 func (s *Store) shut() error {
-	s.mu.Lock() // who has begun Run by now is waited for
 	s.stop()
-	s.mu.Unlock()
-	s.wg.Wait()
 	for s.using.Load() > 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -191,7 +187,7 @@ func (s *Store) shut() error {
 
 var errClosed = fmt.Errorf("store is closed: %w", ErrBusy)
 
-// enter keeps the database open until leave.
+// enter keeps the database open until leave, and Close from returning. It may be entered again by who is in it.
 func (s *Store) enter() error {
 	s.using.Add(1)
 	if s.life.Err() != nil {
@@ -203,20 +199,37 @@ func (s *Store) enter() error {
 
 func (s *Store) leave() { s.using.Add(-1) }
 
+// spawn runs f beside its caller, who has entered.
+func (s *Store) spawn(f func()) {
+	s.using.Add(1)
+	go func() {
+		defer s.leave()
+		f()
+	}()
+}
+
+// begin is enter for what takes long: its context ends with the store too. Call end when it is over.
+func (s *Store) begin(ctx context.Context) (_ context.Context, end func(), err error) {
+	if err := s.enter(); err != nil {
+		return ctx, nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.life, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+		s.leave()
+	}, nil
+}
+
 // Run does what a store does by itself until ctx ends: it notices another front end, takes snapshots, and sees to its
 // segments.
 func (s *Store) Run(ctx context.Context) error {
-	s.mu.Lock()
-	if s.life.Err() != nil {
-		s.mu.Unlock()
-		return errClosed
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
 	}
-	s.wg.Add(1)
-	s.mu.Unlock()
-	defer s.wg.Done()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(s.life, cancel)()
+	defer end()
 	var wg sync.WaitGroup
 	wg.Go(func() { s.runHeartbeat(ctx) })
 	wg.Go(func() { s.runSnapshots(ctx) })

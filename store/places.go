@@ -507,11 +507,12 @@ func (s *Store) noteBlock(b *pebble.Batch, r *ref) error {
 
 // abandon removes the shards of segments that nothing will refer to.
 func (s *Store) abandon(all []record) {
-	if len(all) == 0 || s.life.Err() != nil {
+	if len(all) == 0 || s.enter() != nil {
 		return
 	}
+	defer s.leave()
 	all = slices.Clone(all)
-	s.wg.Go(func() {
+	s.spawn(func() {
 		ctx, cancel := context.WithTimeout(s.life, lateLimit)
 		defer cancel()
 		for i := range all {

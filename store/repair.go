@@ -147,6 +147,11 @@ func (r *Repaired) add(o *Repaired) {
 
 // Repair goes through the queue once, the most endangered first, and brings segments back to n shards where it can.
 func (s *Store) Repair(ctx context.Context) (Repaired, error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return Repaired{}, err
+	}
+	defer end()
 	s.upkeep.repairing.Lock()
 	defer s.upkeep.repairing.Unlock()
 	var sum Repaired

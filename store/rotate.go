@@ -12,6 +12,11 @@ import (
 // Rewrap seals the keys of all segments under the store key of the newest epoch that is here, without touching what they
 // seal. It returns how many it changed and how many could not be, since too few locations answer: it may be repeated.
 func (s *Store) Rewrap(ctx context.Context) (changed, left int, err error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer end()
 	for from := ownKey(tableBlock); from != nil; {
 		type entry struct {
 			key, was []byte

@@ -44,6 +44,11 @@ type expected struct {
 // Scrub compares all records with what locations have: their lists say what is missing, what is rotten, and what nothing
 // refers to. Whether what they list is there is for audits to find. rate is how many shards a second it looks at.
 func (s *Store) Scrub(ctx context.Context, rate int) (sum Scrubbed, err error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return sum, err
+	}
+	defer end()
 	s.upkeep.scrubbing.Lock()
 	defer s.upkeep.scrubbing.Unlock()
 	total := int64(0)

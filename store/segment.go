@@ -141,7 +141,7 @@ func (f *flight) release() {
 func (f *flight) send(i int, n disperse.Name, shard []byte, m *member) {
 	f.refs.Add(1)
 	m.sending.Add(1)
-	f.s.wg.Go(func() {
+	f.s.spawn(func() {
 		begin := time.Now()
 		err := f.s.sendShard(f.ctx, m, n, shard, f.head, f.signed)
 		took := time.Since(begin)
@@ -313,7 +313,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 		}
 	}
 	for _, l := range waste {
-		s.wg.Go(func() { s.remove(s.life, l.by, l.name) })
+		s.spawn(func() { s.remove(s.life, l.by, l.name) })
 	}
 	if durable >= least {
 		return r, durable, nil
@@ -356,8 +356,12 @@ type fetch struct {
 }
 
 // get appends a segment to dst. It asks the k locations that answer fastest, and others when these take long, fail, or do
-// not have what they should.
+// not have what they should. Requests that were not waited for are given up, and Close waits for them.
 func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) {
+	if err := s.enter(); err != nil {
+		return dst, err
+	}
+	defer s.leave()
 	coder, err := s.coder(r.Scheme)
 	if err != nil {
 		return dst, err
@@ -372,6 +376,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 	}()
 	ctx, cancel := context.WithTimeout(ctx, lateLimit)
 	defer cancel()
+	defer context.AfterFunc(s.life, cancel)()
 	running, have := 0, 0
 	next := func() {
 		if len(order) == 0 {
@@ -386,7 +391,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 			return
 		}
 		running++
-		go func() {
+		s.spawn(func() {
 			b := s.buffers.get(size)
 			begin := time.Now()
 			err := m.Location.Get(ctx, r.Names[i], 0, b)
@@ -394,7 +399,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 				m.read(err, time.Since(begin), size)
 			}
 			came <- fetch{i, b, m, err}
-		}()
+		})
 	}
 	for range k {
 		next()

@@ -62,10 +62,11 @@ func (s *Store) Snapshot(ctx context.Context) error {
 	if s.old.Load() {
 		return ErrOld
 	}
-	if err := s.enter(); err != nil {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
 		return err
 	}
-	defer s.leave()
+	defer end()
 	logged, blocks := s.logged.Load(), s.blocks.Load()
 	snap := s.db.NewSnapshot()
 	defer snap.Close()

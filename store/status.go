@@ -45,10 +45,15 @@ type MemberStatus struct {
 
 // Status counts what there is. It reads all records.
 func (s *Store) Status(ctx context.Context) (Status, error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return Status{}, err
+	}
+	defer end()
 	st := Status{Durable: map[disperse.Scheme]map[int]int64{}}
 	shards := map[uint16]int64{}
 	audits := map[uint16]AuditRecord{}
-	err := s.view(ctx, func(v *view) error {
+	err = s.view(ctx, func(v *view) error {
 		err := s.eachRecord(v, func(key []byte, block uint64, r *record) error {
 			if key[1] == tableGarbage {
 				return nil
