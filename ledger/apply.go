@@ -307,10 +307,15 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	if len(b.fleet) >= MaxNodes {
 		return fmt.Errorf("the grid has %d nodes, more are not allowed", len(b.fleet))
 	}
-	for _, k := range []struct {
+	type use struct {
 		use string
 		key [32]byte
-	}{{useWireGuard, p.WireGuard}, {useTLS, p.TLS}, {useSession, p.Session}} {
+	}
+	uses := []use{{useWireGuard, p.WireGuard}, {useTLS, p.TLS}, {useSession, p.Session}}
+	if p.Storage > 0 {
+		uses = append(uses, use{useLocation, p.Location})
+	}
+	for _, k := range uses {
 		if err := b.claim(k.use, k.key, id); err != nil {
 			return err
 		}
@@ -318,6 +323,7 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	n := &Node{
 		ID: id, Name: p.Name, Farm: f.ID, FarmName: f.Name, Key: p.Key, Sealing: p.Sealing, WireGuard: p.WireGuard, TLS: p.TLS,
 		Session: p.Session, Endpoints: p.Endpoints, CPUMilli: p.CPUMilli, Memory: p.Memory, Index: uint32(len(b.fleet)), Since: b.clock.Time,
+		Storage: p.Storage, Location: p.Location,
 	}
 	set(b, NodeKey(id), n)
 	set(b, nodeNameKey(p.Name), &id)
@@ -332,10 +338,12 @@ const (
 	useWireGuard = "WireGuard"
 	useTLS       = "TLS"
 	useSession   = "session"
+	useLocation  = "location"
 )
 
 // claim gives a key of node id to it alone. With another's WireGuard key a node would take its peers' traffic or cut it off,
-// with another's TLS key its place at the gateways, with another's session key its signs of life.
+// with another's TLS key its place at the gateways, with another's session key its signs of life. With another's location
+// key it would pass that one's shards off as its own, and a segment would be on fewer places than its store counts.
 func (b *batch) claim(use string, key [32]byte, id identity.NodeID) error {
 	if key == ([32]byte{}) {
 		return fmt.Errorf("%s key is missing", use)
@@ -346,6 +354,15 @@ func (b *batch) claim(use string, key [32]byte, id identity.NodeID) error {
 		}
 	} else if _, taken := b.tree.get(nodeKeyKey(use, key)); taken {
 		return fmt.Errorf("another node has this %s key", use)
+	}
+	if use == useWireGuard {
+		g, err := b.Genesis()
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(g.Validators, func(v Validator) bool { return v.WireGuard == key }) {
+			return fmt.Errorf("a validator has this %s key", use)
+		}
 	}
 	set(b, nodeKeyKey(use, key), &id)
 	return nil

@@ -1,7 +1,9 @@
 package ledger
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"holdfast/contract"
@@ -21,6 +23,7 @@ type Genesis struct {
 	Lease      time.Duration       `cbor:"8,keyasint" json:"lease"`  // how long a node counts as alive after its last heartbeat
 	Margin     time.Duration       `cbor:"9,keyasint" json:"margin"` // a node stops its volumes' workloads this much before, the ledger moves on this much after
 	Limits     Limits              `cbor:"10,keyasint,omitzero" json:"limits,omitzero"`
+	Store      Store               `cbor:"11,keyasint,omitzero" json:"store,omitzero"` // the grid's own; zero: it has none
 }
 
 // Validator takes part in consensus.
@@ -30,6 +33,9 @@ type Validator struct {
 	Power   int64    `cbor:"3,keyasint" json:"power"`
 	TLS     [32]byte `cbor:"4,keyasint" json:"-"` // SHA-256 of the SubjectPublicKeyInfo of its ledger API
 	Address string   `cbor:"5,keyasint" json:"address"`
+	// In the system network it is a peer that offers nothing. Without a WireGuard key it is none.
+	WireGuard [32]byte `cbor:"6,keyasint,omitzero" json:"-"`                    // X25519 public key
+	Endpoints []string `cbor:"7,keyasint,omitempty" json:"endpoints,omitempty"` // underlay addresses without port
 }
 
 // MaxGenesis bounds an encoded genesis: 150 validators and their keys.
@@ -70,6 +76,22 @@ func DecodeGenesis(b []byte) (*Genesis, error) {
 	if g.Lease < time.Second || g.Margin < 0 || 2*g.Margin > g.Lease {
 		return nil, fmt.Errorf("genesis: lease %v with margin %v: the lease is at least 1 s, the margin at most half of it", g.Lease, g.Margin)
 	}
+	for i, v := range g.Validators {
+		if err := validEndpoints(v.Endpoints); err != nil {
+			return nil, fmt.Errorf("genesis: validator %q: %w", v.Name, err)
+		}
+		if v.WireGuard != ([32]byte{}) && slices.ContainsFunc(g.Validators[:i], func(o Validator) bool { return o.WireGuard == v.WireGuard }) {
+			return nil, fmt.Errorf("genesis: validator %q has another's %s key", v.Name, useWireGuard)
+		}
+	}
+	if g.Store != (Store{}) {
+		if err := g.Store.valid(); err != nil {
+			return nil, fmt.Errorf("genesis: %w", err)
+		}
+		if g.Store.Contract != (contract.ID{}) {
+			return nil, errors.New("genesis: the grid's own store is of no contract")
+		}
+	}
 	a := identity.Account{Devices: g.Devices, Policy: g.Policy}
 	if err := a.Validate(); err != nil {
 		return nil, fmt.Errorf("genesis: grid account: %w", err)
@@ -92,6 +114,7 @@ func AssignmentsKey(id contract.ID) string        { return "assignments/" + stri
 func RevisionKey(id contract.RevisionID) string   { return "revision/" + string(id[:]) } // an encoded header
 func NetworkKey(id contract.NetworkID) string     { return "network/" + string(id[:]) }
 func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id[:]) }
+func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) }
 func RouteKey(host string) string                 { return "route/" + host }
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
@@ -122,6 +145,7 @@ const (
 	GatewaysKey  = "gateways"  // []identity.GatewayID
 	ContractsKey = "contracts" // []contract.ID, those that are active
 	RoutesKey    = "routes"    // []string, host names
+	StoresKey    = "stores"    // []contract.ID, whose stores locations serve
 	SharedKey    = "shared"    // Quota, what all accounts without a quota of their own use together
 	WaitingKey   = "waiting"   // []contract.ID, active ones with a workload that is on no node, the next one to try first
 )
@@ -168,7 +192,9 @@ type Node struct {
 	Memory    uint64              `cbor:"12,keyasint" json:"memory"`
 	Index     uint32              `cbor:"13,keyasint" json:"index"` // order of registration: its bit in vote extensions
 	Up        bool                `cbor:"14,keyasint" json:"up"`
-	Since     int64               `cbor:"15,keyasint" json:"since"` // block time of the last change of Up, Unix milliseconds
+	Since     int64               `cbor:"15,keyasint" json:"since"`                       // block time of the last change of Up, Unix milliseconds
+	Storage   uint64              `cbor:"16,keyasint,omitempty" json:"storage,omitempty"` // bytes that it keeps for stores; 0: it is no location
+	Location  [32]byte            `cbor:"17,keyasint,omitzero" json:"-"`                  // SHA-256 of the SubjectPublicKeyInfo of its location's TLS key
 }
 
 // Gateway is a public Edge.

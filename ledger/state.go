@@ -83,6 +83,11 @@ func New(g *Genesis) (*State, error) {
 	set(b, AccountKey(acct.ID), &acct)
 	set(b, GridKey, &Grid{ID: g.GridID(), Account: acct.ID, NextNetwork: 1})
 	set(b, genesisKey, g)
+	if birth.Store != (Store{}) {
+		if err := b.addStore(&birth.Store); err != nil {
+			return nil, fmt.Errorf("genesis: %w", err)
+		}
+	}
 	return &b.State, nil
 }
 

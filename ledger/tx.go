@@ -138,7 +138,9 @@ type NodeAdmit struct {
 	Endpoints []string            `cbor:"8,keyasint,omitempty"` // underlay addresses without port
 	CPUMilli  uint32              `cbor:"9,keyasint"`
 	Memory    uint64              `cbor:"10,keyasint"`
-	Proof     identity.Signature  `cbor:"11,keyasint"` // by Key over ProofBytes: the node agrees to be of that farm
+	Proof     identity.Signature  `cbor:"11,keyasint"`           // by Key over ProofBytes: the node agrees to be of that farm
+	Storage   uint64              `cbor:"12,keyasint,omitempty"` // bytes that it keeps for stores; 0: it is no location
+	Location  [32]byte            `cbor:"13,keyasint,omitzero"`  // SHA-256 of the SubjectPublicKeyInfo of its location's TLS key
 }
 
 // MaxNodeAdmit bounds an encoded NodeAdmit that is not in a transaction: keys, proof, eight endpoints.
@@ -171,8 +173,17 @@ func (n *NodeAdmit) valid() error {
 	if err := validName(n.Name); err != nil {
 		return err
 	}
+	if (n.Storage > 0) != (n.Location != [32]byte{}) {
+		return errors.New("a location has both storage and a key")
+	}
+	if n.Storage > MaxStorage {
+		return fmt.Errorf("%d bytes of storage, at most %d are allowed", n.Storage, uint64(MaxStorage))
+	}
 	return validEndpoints(n.Endpoints)
 }
+
+// MaxStorage is the most that one node keeps for stores.
+const MaxStorage = 1 << 60
 
 // ProofBytes is what the node signs to be admitted.
 func (n *NodeAdmit) ProofBytes(grid identity.GridID) []byte {
