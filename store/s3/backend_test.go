@@ -470,6 +470,63 @@ func (b *bench) complete(name, id string, parts ...types.CompletedPart) (s3respo
 	return r, err
 }
 
+// TestAListingGoesOnWhereItsMarkerWas although the client has deleted all that it was shown, the marker too: the loop by which
+// clients empty a bucket.
+func TestAListingGoesOnWhereItsMarkerWas(t *testing.T) {
+	for _, size := range []int32{1, 2, 3, 7, 1000} {
+		b := newBench(t, false)
+		names := []string{"a", "a/b", "b"}
+		for _, s := range []types.BucketVersioningStatus{"", types.BucketVersioningStatusEnabled, types.BucketVersioningStatusSuspended, types.BucketVersioningStatusEnabled} {
+			if s != "" {
+				b.versions(s)
+			}
+			for _, n := range names {
+				b.put(n, "1")
+				b.put(n, "2")
+			}
+		}
+		_, err := b.del("b", "")
+		b.ok(err)
+		seen := map[string]bool{}
+		in := &s3.ListObjectVersionsInput{Bucket: ptr(inBucket), MaxKeys: &size}
+		for {
+			l, err := b.ListObjectVersions(t.Context(), in)
+			b.ok(err)
+			key := ""
+			if in.VersionIdMarker == nil {
+				key = "any"
+			}
+			for _, v := range l.Versions {
+				if seen[*v.Key+*v.VersionId] {
+					t.Errorf("pages of %d: %s %s comes twice", size, *v.Key, *v.VersionId)
+				}
+				seen[*v.Key+*v.VersionId] = true
+				if *v.IsLatest != (*v.Key != key) && (key != "any") && len(l.DeleteMarkers) == 0 {
+					t.Errorf("pages of %d: %s %s is latest: %v", size, *v.Key, *v.VersionId, *v.IsLatest)
+				}
+				key = *v.Key
+				_, err := b.del(*v.Key, *v.VersionId)
+				b.ok(err)
+			}
+			for _, v := range l.DeleteMarkers {
+				_, err := b.del(*v.Key, *v.VersionId)
+				b.ok(err)
+			}
+			if !*l.IsTruncated {
+				break
+			}
+			in.KeyMarker, in.VersionIdMarker = l.NextKeyMarker, l.NextVersionIdMarker
+		}
+		if want := len(names) * 5; len(seen) != want { // before 1, on 2, suspended in its place 1 (the one before goes), on 2
+			t.Errorf("pages of %d: %d versions, want %d", size, len(seen), want)
+		}
+		b.ok(b.DeleteBucket(t.Context(), inBucket))
+	}
+	b := newBench(t, false)
+	_, err := b.ListObjectVersions(t.Context(), &s3.ListObjectVersionsInput{Bucket: ptr(inBucket), KeyMarker: ptr("k"), VersionIdMarker: ptr("nonsense"), MaxKeys: ptr(int32(1))})
+	b.refused(err, "InvalidArgument")
+}
+
 func TestUploads(t *testing.T) {
 	b := newBench(t, false)
 	big := strings.Repeat("0123456789abcdef", 5<<16) // 5 MiB

@@ -9,7 +9,6 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/versity/versitygw/auth"
-	"github.com/versity/versitygw/s3err"
 	"github.com/versity/versitygw/s3response"
 
 	"holdfast/store"
@@ -52,19 +51,21 @@ func list(r store.Reader, k *bucket, p page, f func(name string, o *object, late
 		ok = c.Next()
 	case whole && cut == p.after: // a prefix that was listed
 		ok = c.Seek(later(all, behind(appendName(append([]byte{rowObject}, k.id[:]...), p.after))))
-	case p.version != nil:
-		seen = p.after
-		ok = c.Seek(later(all, append(objectKey(k.id, p.after, *p.version), 0)))
+	case p.version != nil: // it may be gone, and so may all that were newer
+		from := later(all, append(objectKey(k.id, p.after, *p.version), 0))
+		if ok = c.Seek(later(all, nameKey(rowObject, k.id, p.after))); ok && bytes.Compare(c.Key(), from) < 0 {
+			seen = p.after
+			ok = c.Seek(from)
+		}
 	default:
 		ok = c.Seek(later(all, behind(nameKey(rowObject, k.id, p.after))))
 	}
-	for first := true; ok; {
+	for ok {
 		name, v, err := splitVersion(c.Key())
 		if err != nil {
 			return out, err
 		}
-		latest := name != seen || first && p.version == nil
-		first = false
+		latest := name != seen
 		seen = name
 		if prefix, ok := p.common(name); ok {
 			o, err := shownBehind(c, p.all)
@@ -198,6 +199,27 @@ func (b *objects) ListObjectsV2(_ context.Context, in *s3.ListObjectsV2Input) (o
 	return out, nil
 }
 
+// markerID is what NextVersionIdMarker calls a version: its place, so that a listing goes on there when the version is gone.
+func (o *object) markerID() string {
+	if o.at == (version{}) {
+		return nullVersion
+	}
+	return o.at.String()
+}
+
+// place reads what markerID wrote, or a version's own name. A null version that is gone was the oldest if markerID named it.
+func place(r store.Reader, k *bucket, name, id string) (*version, error) {
+	if id != nullVersion {
+		v, err := parseVersion(id)
+		return &v, err
+	}
+	o, err := nullObject(r, k, name)
+	if err != nil || o == nil {
+		return &version{}, err
+	}
+	return &o.at, nil
+}
+
 func (b *objects) ListObjectVersions(_ context.Context, in *s3.ListObjectVersionsInput) (out s3response.ListVersionsResult, err error) {
 	p := page{prefix: str(in.Prefix), delimiter: str(in.Delimiter), after: str(in.KeyMarker), max: limit(in.MaxKeys), all: true}
 	k, err := b.bucket(*in.Bucket)
@@ -207,14 +229,9 @@ func (b *objects) ListObjectVersions(_ context.Context, in *s3.ListObjectVersion
 	out = s3response.ListVersionsResult{Name: in.Bucket, Prefix: &p.prefix, Delimiter: &p.delimiter, KeyMarker: &p.after, VersionIdMarker: in.VersionIdMarker, MaxKeys: in.MaxKeys}
 	err = b.view(func(r store.Reader) error {
 		if id := str(in.VersionIdMarker); id != "" && p.after != "" {
-			o, err := exact(r, k, p.after, id)
-			if err != nil {
+			if p.version, err = place(r, k, p.after, id); err != nil {
 				return err
 			}
-			if o == nil {
-				return s3err.GetInvalidArgumentErr(s3err.InvalidArgVersionId, strings.Clone(id))
-			}
-			p.version = &o.at
 		}
 		l, err := list(r, k, p, func(name string, o *object, latest bool) {
 			id := o.id()
@@ -231,7 +248,7 @@ func (b *objects) ListObjectVersions(_ context.Context, in *s3.ListObjectVersion
 		if l.truncated {
 			out.NextKeyMarker = &l.name
 			if l.version != nil {
-				out.NextVersionIdMarker = text(l.version.id())
+				out.NextVersionIdMarker = text(l.version.markerID())
 			}
 		}
 		return err
