@@ -157,7 +157,7 @@ func TestDNSUnderLoad(t *testing.T) {
 		t.Helper()
 		var got []netip.Addr
 		var err error
-		if !soon(5*time.Second, func() bool { got, err = lookup(ns, m.cfg.Self, name); return slices.Equal(got, want) }) {
+		if !soon(20*time.Second, func() bool { got, err = lookup(ns, m.cfg.Self, name); return slices.Equal(got, want) }) {
 			t.Errorf("%s is %v, %v; want %v", name, got, err, want)
 		}
 	}

@@ -301,7 +301,7 @@ func greet(ns string, at netip.AddrPort, want string, patience time.Duration) (n
 func reachable(t testing.TB, ns string, at netip.AddrPort, want string) {
 	t.Helper()
 	// Longer than the five seconds after which WireGuard tries a handshake again that a busy machine lost.
-	c, err := greet(ns, at, want, 15*time.Second)
+	c, err := greet(ns, at, want, 30*time.Second)
 	must(t, err)
 	c.Close()
 }

@@ -201,7 +201,7 @@ func lookup(ns string, server netip.Addr, name string) ([]netip.Addr, error) {
 		})
 		return c, err
 	}}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	return r.LookupNetIP(ctx, "ip", name+".")
 }
@@ -373,20 +373,26 @@ func TestRunSweepsLeftovers(t *testing.T) {
 		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "w123456789abc"}, PeerName: "stray"})
 	}))
 	m.start()
-	if !soon(5*time.Second, func() bool {
+	var err error
+	if !soon(10*time.Second, func() bool {
 		entries, _ := os.ReadDir(l.boxes[0].nets + "/sweep")
-		return len(entries) == 2 && isNamespace(keep)
-	}) {
-		t.Error("leftovers stayed")
-	}
-	must(t, within(m.tunNS(), func() error {
-		if links, err := netlink.LinkList(); err != nil || slices.ContainsFunc(links, func(l netlink.Link) bool {
-			return l.Attrs().Name == "stray" || l.Attrs().Name == "w123456789abc"
-		}) {
-			return fmt.Errorf("links %v, %v", links, err)
+		if len(entries) != 2 || !isNamespace(keep) {
+			err = fmt.Errorf("files %v", entries)
+			return false
 		}
-		return nil
-	}))
+		err = within(m.tunNS(), func() error {
+			links, err := netlink.LinkList()
+			for _, l := range links {
+				if n := l.Attrs().Name; n == "stray" || n == "w123456789abc" {
+					err = errors.Join(err, fmt.Errorf("link %s", n))
+				}
+			}
+			return err
+		})
+		return err == nil
+	}) {
+		t.Error("leftovers stayed: ", err)
+	}
 }
 
 // TestAgent is the process that TestAgentDies kills.

@@ -49,6 +49,8 @@ func TestInSandbox(t *testing.T) {
 		in, err := l.Accept()
 		must(t, err)
 		io.WriteString(in, "from the sandbox")
+		must(t, in.(*net.TCPConn).CloseWrite())
+		io.Copy(io.Discard, in) // the caller may be slow: it has read all when it closes
 		in.Close()
 	}
 }
