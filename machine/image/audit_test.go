@@ -2,9 +2,11 @@ package image
 
 import (
 	"bytes"
+	"compress/flate"
 	"compress/gzip"
 	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"runtime"
 	"slices"
@@ -267,6 +269,54 @@ func TestWhatCannotBeReadIsRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%s: %v, %v, want %s", x.name, c, err, x.want)
 		}
+	}
+}
+
+// TestAGzipThatTheKernelReadsOtherwiseIsRefused: the kernel knows of what may stand in a gzip member's header only the name,
+// and takes all else for data. What it would unpack, the audit would not see.
+func TestAGzipThatTheKernelReadsOtherwiseIsRefused(t *testing.T) {
+	sound := items(sound()...)
+	evil := items(item{"bin/sh", typeLink | 0o777, "holdfast", 1})
+	// An extra field that is a stored block, as the kernel begins to read: its length is the block's head, and the first byte of
+	// the block's own length, which the archive is padded to.
+	const length = 0x4400
+	evil = append(evil, make([]byte, 1<<8|length>>8-len(evil)&0xff)...)
+	extra := binary.LittleEndian.AppendUint16([]byte{byte(len(evil) >> 8)}, ^uint16(len(evil)))
+	extra = append(append(extra, evil...), 1, 0, 0, 0xff, 0xff) // and the last block, which is empty
+	extra = append(extra, make([]byte, length-len(extra))...)
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	w.Extra = extra
+	w.Write(sound)
+	w.Close()
+	kernel, err := io.ReadAll(flate.NewReader(bytes.NewReader(b.Bytes()[10:])))
+	if err != nil || !bytes.Contains(kernel, []byte("bin/sh")) {
+		t.Fatalf("control: the kernel would not see a shell: %d bytes, %v", len(kernel), err)
+	}
+	with := func(f func(*gzip.Writer)) []byte {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		f(w)
+		w.Write(sound)
+		w.Close()
+		return b.Bytes()
+	}
+	checked := gz(sound)
+	checked[3] |= 2
+	sum := crc32.ChecksumIEEE(checked[:10])
+	checked = slices.Insert(checked, 10, byte(sum), byte(sum>>8))
+	for name, in := range map[string][]byte{
+		"an extra field that is another archive": b.Bytes(),
+		"a comment":                              with(func(w *gzip.Writer) { w.Comment = "x" }),
+		"a name and a comment":                   with(func(w *gzip.Writer) { w.Name, w.Comment = "x", "y" }),
+		"a checksum of the header":               checked,
+	} {
+		if c, err := Audit(bytes.NewReader(in)); err == nil || !strings.Contains(err.Error(), "gzip header") {
+			t.Errorf("%s: %+v, %v", name, c, err)
+		}
+	}
+	if got := problems(t, with(func(w *gzip.Writer) { w.Name = "initramfs.cpio" })); len(got) > 0 {
+		t.Errorf("control: a name: %q", got)
 	}
 }
 

@@ -217,6 +217,13 @@ func (b *bounded) Read(p []byte) (int, error) {
 }
 
 func (w *walker) gzip(in *bufio.Reader) error {
+	// The kernel skips a name, and takes what other flags announce for data: it would unpack something else.
+	const name = 1 << 3
+	if b, err := in.Peek(4); err != nil {
+		return cut(err)
+	} else if b[2] != 8 || b[3]&^name != 0 {
+		return fmt.Errorf("a gzip header with method %d and flags %#x", b[2], b[3])
+	}
 	z, err := gzip.NewReader(in)
 	if err != nil {
 		return err
