@@ -58,9 +58,17 @@ var storeName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 
 // client is a key that may connect.
 type client struct {
-	store  int
+	pin    Pin
+	store  string
 	rights Rights
 	conns  map[*conn]struct{}
+}
+
+// hosted is a store whose directory is open.
+type hosted struct {
+	dir  *Dir
+	busy sync.WaitGroup // connections; Add under Server.mu, as long as a client names the store
+	stop func()         // ends the directory's own work, and waits for it
 }
 
 // Server serves the directories of several stores over TLS. Strangers' handshakes fail; they learn the server's
@@ -68,10 +76,13 @@ type client struct {
 type Server struct {
 	cfg    ServerConfig
 	log    *slog.Logger
-	dirs   []*Dir
 	proofs chan struct{}
 
+	setting sync.Mutex      // held while the stores change
+	life    context.Context // while Run runs; guarded by setting
+
 	mu      sync.Mutex
+	stores  map[string]*hosted
 	clients map[Pin]*client
 	hello   map[*conn]struct{}   // in their handshake
 	from    map[netip.Prefix]int // of these
@@ -90,69 +101,163 @@ type conn struct {
 func NewServer(cfg ServerConfig) (*Server, error) {
 	s := &Server{
 		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), clients: map[Pin]*client{}, hello: map[*conn]struct{}{}, from: map[netip.Prefix]int{},
-		proofs: make(chan struct{}, maxProofs),
+		proofs: make(chan struct{}, maxProofs), stores: map[string]*hosted{},
 	}
 	s.cfg.Conns = cmp.Or(cfg.Conns, 64)
 	if cfg.Listener == nil || len(cfg.Certificate.Certificate) == 0 {
 		return nil, errors.New("location: neither listener nor certificate")
 	}
-	names := map[string]bool{}
-	for i, st := range cfg.Stores {
+	clients, err := clientsOf(cfg.Stores)
+	if err != nil {
+		return nil, err
+	}
+	s.clients = clients
+	return s, nil
+}
+
+// clientsOf are the keys of stores.
+func clientsOf(stores []Store) (map[Pin]*client, error) {
+	out, names := map[Pin]*client{}, map[string]bool{}
+	for _, st := range stores {
 		if !storeName.MatchString(st.Name) || names[st.Name] {
 			return nil, fmt.Errorf("location: store %q: not a name, or there twice", st.Name)
 		}
 		names[st.Name] = true
 		for _, k := range st.Keys {
-			if s.clients[k.Pin] != nil {
+			if out[k.Pin] != nil {
 				return nil, fmt.Errorf("location: store %s: key %v is there twice", st.Name, k.Pin)
 			}
-			s.clients[k.Pin] = &client{store: i, rights: k.Rights, conns: map[*conn]struct{}{}}
+			out[k.Pin] = &client{pin: k.Pin, store: st.Name, rights: k.Rights, conns: map[*conn]struct{}{}}
 		}
 	}
-	return s, nil
+	return out, nil
+}
+
+// SetStores says which stores are served from now on. Connections of keys that are as they were notice nothing; those of
+// others end. The directory of a store that is not named any more stays as it is, and is served again when it is named.
+// A store whose directory cannot be opened is left out and named in the error.
+func (s *Server) SetStores(stores []Store) error {
+	clients, err := clientsOf(stores)
+	if err != nil {
+		return err
+	}
+	s.setting.Lock()
+	defer s.setting.Unlock()
+	s.cfg.Stores = stores
+	if s.life == nil {
+		s.mu.Lock()
+		s.clients = clients
+		s.mu.Unlock()
+		return nil
+	}
+	var errs []error
+	wanted := map[string]bool{}
+	for _, st := range stores {
+		wanted[st.Name] = true
+		if h := s.stores[st.Name]; h != nil {
+			h.dir.mu.Lock()
+			h.dir.cfg.Quota = st.Quota
+			h.dir.mu.Unlock()
+			continue
+		}
+		h, err := s.host(st)
+		if err != nil {
+			errs = append(errs, err)
+			for _, k := range st.Keys {
+				delete(clients, k.Pin)
+			}
+			continue
+		}
+		s.mu.Lock()
+		s.stores[st.Name] = h
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	for pin, was := range s.clients {
+		if is := clients[pin]; is != nil && is.store == was.store && is.rights == was.rights {
+			clients[pin] = was
+			continue
+		}
+		for c := range was.conns {
+			c.raw.Close()
+		}
+	}
+	s.clients = clients
+	var gone []*hosted
+	for name, h := range s.stores {
+		if !wanted[name] {
+			gone = append(gone, h)
+			delete(s.stores, name)
+		}
+	}
+	s.mu.Unlock()
+	for _, h := range gone {
+		h.busy.Wait()
+		h.stop()
+	}
+	return errors.Join(errs...)
+}
+
+// host opens a store's directory. s.setting is held.
+func (s *Server) host(st Store) (*hosted, error) {
+	root := filepath.Join(s.cfg.Path, "stores")
+	d, err := Open(Config{
+		Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: s.cfg.Hold, MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
+	})
+	if err == nil {
+		if err = syncDir(root); err != nil {
+			d.Close()
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("location %s: store %s: %w", s.cfg.Path, st.Name, err)
+	}
+	ctx, cancel := context.WithCancel(s.life)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		d.Run(ctx)
+	}()
+	return &hosted{dir: d, stop: func() {
+		cancel()
+		<-done
+		d.Close()
+	}}, nil
 }
 
 // Run serves until ctx ends. Requests that are under way then have a few seconds.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.cfg.Listener.Close()
-	defer func() {
-		for _, d := range s.dirs {
-			d.Close()
-		}
-	}()
-	root := filepath.Join(s.cfg.Path, "stores")
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return fmt.Errorf("location %s: %w", s.cfg.Path, err)
-	}
-	for _, st := range s.cfg.Stores {
-		d, err := Open(Config{
-			Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: s.cfg.Hold, MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
-		})
-		if err != nil {
-			return err
-		}
-		s.dirs = append(s.dirs, d)
-	}
-	if err := syncDir(root); err != nil {
+	if err := os.MkdirAll(filepath.Join(s.cfg.Path, "stores"), 0o700); err != nil {
 		return fmt.Errorf("location %s: %w", s.cfg.Path, err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var keep, serve sync.WaitGroup
-	for _, d := range s.dirs {
-		keep.Go(func() { d.Run(ctx) })
+	s.setting.Lock()
+	s.life = ctx
+	s.setting.Unlock()
+	defer func() {
+		s.setting.Lock()
+		defer s.setting.Unlock()
+		for _, h := range s.stores {
+			h.stop()
+		}
+		s.stores, s.life = map[string]*hosted{}, nil
+	}()
+	if err := s.SetStores(s.cfg.Stores); err != nil {
+		return err
 	}
+	var serve sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() { s.cfg.Listener.Close() })
 	defer stop()
 	err := s.accept(ctx, &serve)
 	cancel()
 	s.end(&serve)
-	keep.Wait()
 	return err
 }
 
 func (s *Server) accept(ctx context.Context, serve *sync.WaitGroup) error {
-	cfg := tlsConfig(s.cfg.Certificate, func(p Pin) bool { return s.clients[p] != nil })
+	cfg := tlsConfig(s.cfg.Certificate, s.knows)
 	wait := 5 * time.Millisecond
 	for {
 		raw, err := s.cfg.Listener.Accept()
@@ -177,6 +282,12 @@ func (s *Server) accept(ctx context.Context, serve *sync.WaitGroup) error {
 			s.serve(ctx, c, cfg)
 		})
 	}
+}
+
+func (s *Server) knows(p Pin) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.clients[p] != nil
 }
 
 // place is where a connection comes from, as far as an address tells: one machine, or one network of IPv6.
@@ -226,11 +337,15 @@ func (s *Server) forget(c *conn) {
 	}
 }
 
-// welcome moves a connection to those of its key; the idlest of these goes when there are too many. False: all are busy.
+// welcome moves a connection to those of its key; the idlest of these goes when there are too many. False: all are busy,
+// or the key may not connect any more.
 func (s *Server) welcome(c *conn, cl *client) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forget(c)
+	if s.clients[cl.pin] != cl {
+		return false
+	}
 	if len(cl.conns) >= s.cfg.Conns {
 		var out *conn
 		for q := range cl.conns {
@@ -290,13 +405,20 @@ func (s *Server) serve(ctx context.Context, c *conn, cfg *tls.Config) {
 	}
 	s.mu.Lock()
 	var cl *client
+	var h *hosted
 	if err == nil {
-		cl = s.clients[pinOf(t.ConnectionState())]
+		if cl = s.clients[pinOf(t.ConnectionState())]; cl != nil {
+			h = s.stores[cl.store]
+		}
+	}
+	if h != nil {
+		h.busy.Add(1)
+		defer h.busy.Done()
 	} else {
 		s.forget(c)
 	}
 	s.mu.Unlock()
-	if cl == nil {
+	if h == nil {
 		s.log.Debug("handshake", "from", c.raw.RemoteAddr(), "error", err)
 		return
 	}
@@ -308,9 +430,7 @@ func (s *Server) serve(ctx context.Context, c *conn, cfg *tls.Config) {
 		delete(cl.conns, c)
 		s.mu.Unlock()
 	}()
-	d := s.dirs[cl.store]
-	h := &handler{s: s, d: d, rights: cl.rights, t: t, w: w, c: c}
-	if err := h.run(); err != nil && !errors.Is(err, io.EOF) {
+	if err := (&handler{s: s, d: h.dir, rights: cl.rights, t: t, w: w, c: c}).run(); err != nil && !errors.Is(err, io.EOF) {
 		s.log.Debug("connection ended", "from", c.raw.RemoteAddr(), "error", err)
 	}
 }

@@ -127,7 +127,7 @@ func (s *serving) raw(t testing.TB, seed Seed) *tls.Conn {
 func TestTruncatedUploads(t *testing.T) {
 	s := oneStore(t)
 	owner := announced(t, s.client(t, Seed{1}), 1)
-	d := s.dirs[0]
+	d := s.stores["a"].dir
 	for _, size := range []int{1000, 300 << 10} {
 		n, b := shardOf(t, size)
 		for _, cut := range []int{0, 10, requestSize, requestSize + 1, requestSize + size/2, requestSize + size - 1} {
@@ -531,3 +531,46 @@ type script struct {
 func (s *script) Read(p []byte) (int, error)  { return s.r.Read(p) }
 func (s *script) Write(p []byte) (int, error) { return len(p), nil }
 func (s *script) SetDeadline(time.Time) error { return nil }
+
+// TestStoresComeAndGo changes what a server serves while it runs: who is struck off loses his connection at once and gets
+// none any more, and the others notice nothing.
+func TestStoresComeAndGo(t *testing.T) {
+	s := oneStore(t)
+	a, b := announced(t, s.client(t, Seed{1}), 1), announced(t, s.client(t, Seed{3}), 1)
+	n, shard := shardOf(t, 1000)
+	good(t, "put", a.Put(t.Context(), n, shard, time.Time{}))
+	good(t, "put", b.Put(t.Context(), n, shard, time.Time{}))
+	reader := s.client(t, Seed{2})
+	has(t, reader, n, shard)
+	held := s.raw(t, Seed{3}) // shows its key before and asks after
+	first, second := Store{Name: "a", Keys: []Key{keyOf(Seed{1}, everything), keyOf(Seed{2}, Read)}}, Store{Name: "b", Keys: []Key{keyOf(Seed{3}, everything)}}
+	third := Store{Name: "c", Keys: []Key{keyOf(Seed{4}, everything)}, Quota: Quota{Bytes: 1500}}
+
+	good(t, "one comes, one goes", s.SetStores([]Store{first, third}))
+	has(t, a, n, shard)
+	if _, err := b.Status(t.Context()); err == nil {
+		t.Error("a store that is gone answers")
+	}
+	p := make([]byte, requestSize)
+	(&request{op: opGet, name: n, b: 1000}).put(p)
+	held.Write(p)
+	if k, err := io.ReadFull(held, make([]byte, frameSize)); err == nil || k > 0 {
+		t.Errorf("a connection from before reads %d bytes: %v", k, err)
+	}
+	c := announced(t, s.client(t, Seed{4}), 1)
+	good(t, "put into the one that came", c.Put(t.Context(), n, shard, time.Time{}))
+	m, other := shardOf(t, 1000)
+	wants(t, "above its quota", c.Put(t.Context(), m, other, time.Time{}), ErrQuota)
+
+	first.Keys, third.Quota.Bytes = first.Keys[:1], 5000
+	if s.SetStores([]Store{first, {Name: "thief", Keys: first.Keys}}) == nil {
+		t.Error("one key is for two stores")
+	}
+	good(t, "the other comes back, a key goes, a quota grows", s.SetStores([]Store{first, second, third}))
+	has(t, a, n, shard)
+	has(t, b, n, shard)
+	good(t, "within its quota", c.Put(t.Context(), m, other, time.Time{}))
+	if _, err := reader.Status(t.Context()); err == nil {
+		t.Error("a key that is gone reads")
+	}
+}

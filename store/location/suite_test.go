@@ -185,7 +185,7 @@ func overTLS(t *testing.T, change func(*Config)) *locality {
 		if _, err := l.as(Read).Status(t.Context()); err != nil { // until it has begun
 			t.Fatal(err)
 		}
-		return s.dirs[0]
+		return s.stores["s"].dir
 	}
 	l.again = func() {
 		if err := s.stop(); err != nil {
