@@ -104,6 +104,9 @@ func (c *Contents) add(h header, body io.Reader, seen map[string]bool) error {
 			say(&c.Libraries, "by its name")
 		}
 	}
+	if h.uid != 0 || h.gid != 0 {
+		say(&c.Odd, "its owner is not root")
+	}
 	if h.mode&setID != 0 {
 		say(&c.Setuid, "its mode is %v", h.mode)
 	}
@@ -238,16 +241,21 @@ const (
 	pathHoldfast = "bin/holdfast"
 	pathRunsc    = "bin/holdfast-runsc"
 	pathInit     = "init"
+	pathTmp      = "tmp"
 	pathModules  = "lib/modules"
 	pathOrder    = pathModules + "/order"
 	pathRoots    = "etc/ssl/certs/ca-certificates.crt"
 )
 
 // Problems says what an image must not have and these contents do, and what they lack: an image has two executables, both
-// static, and none of the rest.
+// static, none of the rest, and nothing that Build does not put there: a file that is no code can do harm too, by where it is.
 func (c *Contents) Problems() []string {
 	var out []string
-	say := func(p, why string) { out = append(out, fmt.Sprintf("%s: %s", p, why)) }
+	said := map[string]bool{}
+	say := func(p, why string) {
+		out = append(out, fmt.Sprintf("%s: %s", p, why))
+		said[p] = true
+	}
 	programs := []string{pathHoldfast, pathRunsc}
 	missing := slices.Clone(programs)
 	for _, f := range c.Executables {
@@ -271,10 +279,30 @@ func (c *Contents) Problems() []string {
 			say(f.Path, list.what+": "+f.Why)
 		}
 	}
+	for _, e := range c.Entries {
+		if !said[e.Path] && !c.belongs(e) {
+			say(e.Path, "it is no part of an image")
+		}
+	}
 	if !slices.ContainsFunc(c.Entries, func(e Entry) bool {
 		return e.Path == pathInit && e.Mode.kind() == typeLink && e.Target == pathHoldfast
 	}) {
 		say(pathInit, "it is not a link to "+pathHoldfast)
 	}
 	return out
+}
+
+// belongs says whether Build makes such an entry.
+func (c *Contents) belongs(e Entry) bool {
+	switch e.Mode.kind() {
+	case typeDir:
+		return e.Path == pathTmp || slices.Contains(directories(), e.Path)
+	case typeLink:
+		return e.Path == pathInit
+	case typeFile:
+		dir, name := path.Split(e.Path)
+		return slices.Contains([]string{pathHoldfast, pathRunsc, pathOrder, pathRoots}, e.Path) ||
+			dir == pathModules+"/" && path.Ext(name) == ".ko" && slices.ContainsFunc(c.Modules, func(f Finding) bool { return f.Path == e.Path })
+	}
+	return false
 }

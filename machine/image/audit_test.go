@@ -115,6 +115,13 @@ func TestEachRuleFindsWhatIsPlanted(t *testing.T) {
 		{"a path from the root", item{"/data/x", typeFile | 0o444, "", 1}, []string{"/data/x: odd: its path is not plain"}},
 		{"another holdfast in its place", item{"bin/holdfast", typeFile | 0o755, busybox, 1}, []string{"bin/holdfast: odd: it is there twice"}},
 		{"another holdfast by another path", item{"./bin//holdfast", typeFile | 0o755, busybox, 1}, []string{"./bin//holdfast: it is executable", "its path is not plain", "it is there twice"}},
+		{"a root of its own", item{"etc/ssl/certs/mine.pem", typeFile | 0o444, "x", 1}, []string{"etc/ssl/certs/mine.pem: it is no part of an image"}},
+		{"name servers of its own", item{"etc/resolv.conf", typeFile | 0o444, "nameserver 192.0.2.1\n", 1}, []string{"etc/resolv.conf: it is no part of an image"}},
+		{"names of its own", item{"etc/hosts", typeFile | 0o444, "", 1}, []string{"etc/hosts: it is no part of an image"}},
+		{"a module that is none", item{"lib/modules/x.ko", typeFile | 0o444, "x", 1}, []string{"lib/modules/x.ko: it is no part of an image"}},
+		{"a module elsewhere", item{"lib/modules/x/x.ko", typeFile | 0o444, string(module64()), 1}, []string{"lib/modules/x/x.ko: it is no part of an image"}},
+		{"a link through which the next entry replaces another", item{"data/etc", typeLink | 0o777, "../etc/ssl/certs", 1}, []string{"data/etc: it is no part of an image"}},
+		{"a link in place of a directory", item{"etc", typeLink | 0o777, "data", 1}, []string{"etc: it is no part of an image"}},
 		{"another init", item{"init", typeLink | 0o777, "data/x", 1}, []string{"init: odd: it is there twice"}},
 	} {
 		got := problems(t, items(append(sound(), x.plant)...))
@@ -136,6 +143,17 @@ func TestEachRuleFindsWhatIsPlanted(t *testing.T) {
 		list := slices.DeleteFunc(sound(), func(i item) bool { return i.path == x.without })
 		if got := problems(t, items(list...)); len(got) != 1 || !strings.Contains(got[0], x.want) {
 			t.Errorf("%s: %q", x.name, got)
+		}
+	}
+}
+
+// TestAFileOfAnotherOwnerIsFound: who has the user ID may write it, whatever its mode says of everybody.
+func TestAFileOfAnotherOwnerIsFound(t *testing.T) {
+	for _, field := range []int{2, 3} { // user and group of the first entry
+		b := items(sound()...)
+		copy(b[6+8*field:], "000003e8")
+		if got := problems(t, b); len(got) != 1 || got[0] != "bin: odd: its owner is not root" {
+			t.Errorf("%q", got)
 		}
 	}
 }
@@ -183,7 +201,7 @@ func TestTheLastArchiveIsReadToo(t *testing.T) {
 	for i := range noise {
 		noise[i] = byte(i * i >> 7)
 	}
-	long := items(append(sound(), item{"data/noise", typeFile | 0o444, string(noise), 1}, item{"data/zeros", typeFile | 0o444, string(make([]byte, 1<<20)), 1})...)
+	long := items(append(sound(), item{pathRoots, typeFile | 0o444, string(noise) + string(make([]byte, 1<<20)), 1})...)
 	for _, x := range []struct {
 		name string
 		in   [][]byte

@@ -125,10 +125,11 @@ func (w *writer) header(ino int, mode Mode, links int, size int64, name string) 
 
 // header is what an archive says of an entry.
 type header struct {
-	name  string
-	mode  Mode
-	links uint32
-	size  int64
+	name     string
+	mode     Mode
+	uid, gid uint32
+	links    uint32
+	size     int64
 }
 
 // Limits of an archive that is read.
@@ -317,7 +318,7 @@ func readHeader(in io.Reader) (header, error) {
 		}
 		n[i] = uint32(v)
 	}
-	h := header{mode: Mode(n[1]), links: n[4], size: int64(n[6])}
+	h := header{mode: Mode(n[1]), uid: n[2], gid: n[3], links: n[4], size: int64(n[6])}
 	length := int(n[11])
 	if length < 2 || length > maxName {
 		return header{}, fmt.Errorf("an entry's name has %d bytes", length)

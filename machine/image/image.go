@@ -219,17 +219,19 @@ func (r *Roots) pem() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// directories of an initramfs, parents first. What is not the kernel's to fill is mounted on or written by process 1.
-var directories = []string{"bin", "data", "dev", "etc", "etc/ssl", "etc/ssl/certs", "lib", "lib/modules", "proc", "run", "sys"}
+// directories are those of an initramfs, parents first. What is not the kernel's to fill is mounted on or written by process 1.
+func directories() []string {
+	return []string{"bin", "data", "dev", "etc", "etc/ssl", "etc/ssl/certs", "lib", "lib/modules", "proc", "run", "sys"}
+}
 
 func pack(w io.Writer, files []file) error {
 	a := &writer{w: w}
-	for _, d := range directories {
+	for _, d := range directories() {
 		if err := a.entry(d, typeDir|0o755, 0, nil); err != nil {
 			return err
 		}
 	}
-	if err := a.entry("tmp", typeDir|sticky|0o777, 0, nil); err != nil {
+	if err := a.entry(pathTmp, typeDir|sticky|0o777, 0, nil); err != nil {
 		return err
 	}
 	if err := a.entry(pathInit, typeLink|0o777, int64(len(pathHoldfast)), strings.NewReader(pathHoldfast)); err != nil {
