@@ -108,7 +108,7 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 		"scrub":   func() error { _, err := s.Scrub(ctx, 0); return err },
 		"audit":   func() error { _, err := s.Audit(ctx, 1); return err },
 		"collect": func() error { return s.Collect(ctx) },
-		"rewrap":  func() error { _, _, err := s.Rewrap(ctx); return err },
+		"rewrap":  func() error { _, _, err := s.Rewrap(ctx, nil); return err },
 		"status":  func() error { _, err := s.Status(ctx); return err },
 		"retain":  func() error { return s.Retain(ctx, body, time.Now()) },
 		"run":     func() error { return s.Run(ctx) },

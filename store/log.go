@@ -504,7 +504,7 @@ func (s *Store) write(g *group) error {
 		r.record, durable, err = s.put(s.life, coder, disperse.NewID(), s.plain, &headBytes{s.heads, func(made *record) []byte {
 			now := *r
 			now.record = *made
-			return s.keys.sign(s.head(&now, s.last))
+			return s.keys().sign(s.head(&now, s.last))
 		}})
 		if err == nil && durable < quorum(s.scheme) && !s.cfg.DegradedWrites {
 			err = ErrBusy
@@ -548,7 +548,7 @@ func (s *Store) insist(what string, f func() error) error {
 
 // head is what locations are told when last is the log's last block.
 func (s *Store) head(last, before *ref) *head {
-	h := &head{epoch: s.epoch, sequence: s.heads, key: s.keys.Epoch, places: map[uint16]disperse.Place{}, last: last, before: before, snapshot: s.snapshot.Load()}
+	h := &head{epoch: s.epoch, sequence: s.heads, key: s.keys().Epoch, places: map[uint16]disperse.Place{}, last: last, before: before, snapshot: s.snapshot.Load()}
 	add := func(r *record) {
 		for _, i := range r.members() {
 			h.places[i] = s.placeOf(i)
@@ -576,7 +576,7 @@ func (s *Store) seal() error {
 			return err
 		}
 		s.heads++
-		return s.putHeads(s.life, s.heads, s.keys.sign(s.head(s.last, s.before)))
+		return s.putHeads(s.life, s.heads, s.keys().sign(s.head(s.last, s.before)))
 	})
 	s.sealed = err == nil
 	return err

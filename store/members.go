@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"holdfast/disperse"
@@ -13,12 +14,68 @@ import (
 var (
 	// ErrMember is returned for a location that the store does not have.
 	ErrMember = errors.New("not a location of this store")
+	// ErrMemberThere is returned for a location that the store has already.
+	ErrMemberThere = errors.New("the store has this location already")
 	// ErrNeeded is returned for a location that the store cannot do without.
 	ErrNeeded = errors.New("the store needs this location")
 )
 
-// A location is added by naming it in the configuration. One that shall go is drained, and removed when it is empty: then
-// the configuration need not name it any more.
+// A location is added by naming it in the configuration, or while the store runs. One that shall go is drained, and removed
+// when it is empty. Who added one or removed it changes the configuration too: the store knows where nobody is.
+
+// Add has a location be used from now on. It must answer, and keep no other store's log.
+func (s *Store) Add(ctx context.Context, x Member) error {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	for _, m := range s.members() {
+		if m.ID == x.ID {
+			return fmt.Errorf("add location %v: it is %v: %w", x.ID, State(m.state.Load()), ErrMemberThere)
+		}
+	}
+	if x.Location == nil || x.Farm == "" {
+		return fmt.Errorf("add location %v: it has no farm, or is none", x.ID)
+	}
+	hd, err := x.Location.Head(ctx)
+	if err == nil && hd.Epoch > 0 {
+		if _, bad := s.keys().verify(hd); bad != nil {
+			err = fmt.Errorf("%w: %w", bad, ErrKeys)
+		}
+	}
+	if err == nil {
+		err = x.Location.Announce(ctx, s.epoch, s.holder)
+	}
+	if err != nil {
+		return fmt.Errorf("add location %v: %w", x.ID, err)
+	}
+	// What it is called is durable before anything names it. One that was here before is called as it was.
+	s.placing.Lock()
+	m := &member{Member: x, indexed: true}
+	for i, old := range s.indexes {
+		if old.ID == x.ID {
+			m.index = i
+			break
+		}
+		m.index = max(m.index, i+1)
+	}
+	if old := s.indexes[m.index]; old == nil {
+		s.indexes[m.index] = &member{Member: Member{ID: x.ID, Farm: x.Farm}, index: m.index, indexed: true}
+	}
+	s.placing.Unlock()
+	if err := s.setState(ctx, m, Active); err != nil {
+		return fmt.Errorf("add location %v: %w", x.ID, err)
+	}
+	s.placing.Lock()
+	s.indexes[m.index] = m
+	s.all = append(slices.Clip(s.all), m)
+	s.placing.Unlock()
+	s.wakeRepair()
+	return nil
+}
 
 func (s *Store) memberOf(id disperse.Place) (*member, error) {
 	s.members()
@@ -53,6 +110,8 @@ func (s *Store) Drain(ctx context.Context, id disperse.Place) error {
 		return err
 	}
 	defer end()
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	m, err := s.memberOf(id)
 	if err != nil {
 		return err
@@ -80,7 +139,12 @@ func (s *Store) Drain(ctx context.Context, id disperse.Place) error {
 
 // Undrain has a location be used again.
 func (s *Store) Undrain(ctx context.Context, id disperse.Place) error {
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	m, err := s.memberOf(id)
+	if err == nil && State(m.state.Load()) == Removed {
+		err = fmt.Errorf("undrain location %v: it was removed, add it again: %w", id, ErrMember)
+	}
 	if err == nil {
 		err = s.setState(ctx, m, Active)
 	}
@@ -99,8 +163,8 @@ func (s *Store) enqueueAll(ctx context.Context, m *member) error {
 		next := []byte(nil)
 		full := errors.New("the page is full")
 		err := s.view(ctx, func(v *view) error {
-			return s.eachRecord(v, func(key []byte, block uint64, r *record) error {
-				if key[1] == tableGarbage || from != nil && compareKeys(key, from) < 0 {
+			return s.eachFrom(v, from, func(key []byte, block uint64, r *record) error {
+				if key[1] == tableGarbage {
 					return nil
 				}
 				if len(page) == 1000 {
@@ -136,17 +200,6 @@ func (s *Store) enqueueAll(ctx context.Context, m *member) error {
 	}
 }
 
-// compareKeys compares keys as eachRecord goes through them: segments, then blocks.
-func compareKeys(a, b []byte) int {
-	if a[1] != b[1] {
-		if a[1] == tableSegment {
-			return -1
-		}
-		return 1
-	}
-	return bytes.Compare(a, b)
-}
-
 // Remove lets go of a location that has been drained. It is refused as long as a segment has a shard there, and until the
 // newest snapshot names it no more.
 func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
@@ -155,6 +208,8 @@ func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
 		return err
 	}
 	defer end()
+	s.changing.Lock()
+	defer s.changing.Unlock()
 	m, err := s.memberOf(id)
 	if err != nil {
 		return err
@@ -188,7 +243,13 @@ func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
 			return fmt.Errorf("remove location %v: %w", id, err)
 		}
 	}
-	return s.setState(ctx, m, Removed)
+	if err := s.setState(ctx, m, Removed); err != nil {
+		return fmt.Errorf("remove location %v: %w", id, err)
+	}
+	s.placing.Lock()
+	defer s.placing.Unlock()
+	s.all = slices.DeleteFunc(slices.Clone(s.all), func(x *member) bool { return x == m })
+	return nil
 }
 
 // Retain locks the shards of a body at their locations until a time: nobody who has the front end's keys can delete them.

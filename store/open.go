@@ -41,6 +41,8 @@ type Config struct {
 	Heartbeat time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
 	Snapshot  int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB
 	Log       *slog.Logger  // nil discards
+	// Replaying, if it is not nil, hears how far Open is with what the database lacks: pieces of a snapshot, or blocks.
+	Replaying func(what string, done, of int)
 }
 
 // The log asks this of segments and places (segment.go, places.go, repair.go):
@@ -61,7 +63,7 @@ type Config struct {
 type Store struct {
 	cfg    Config
 	log    *slog.Logger
-	keys   *Keys
+	ring   atomic.Pointer[Keys]
 	scheme disperse.Scheme // of the log: that of the class with the smallest k
 	epoch  location.Epoch
 	holder location.Holder
@@ -124,7 +126,8 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.Keys == nil || cfg.Dir == "" {
 		return nil, errors.New("open store: keys and a directory are needed")
 	}
-	s := &Store{cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), keys: cfg.Keys, scheme: cfg.Scheme, wake: make(chan struct{}, 1), want: make(chan struct{}, 1)}
+	s := &Store{cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), scheme: cfg.Scheme, wake: make(chan struct{}, 1), want: make(chan struct{}, 1)}
+	s.ring.Store(cfg.Keys)
 	for _, c := range cfg.Classes {
 		if c.K < s.scheme.K {
 			s.scheme = c

@@ -193,10 +193,12 @@ func (d *durations) limit(floor, ceiling time.Duration) time.Duration {
 // places is who keeps shards, and what is done about them.
 type places struct {
 	placing sync.RWMutex
-	all     []*member          // of the configuration
+	all     []*member          // of the configuration, and what was added since
 	indexes map[uint16]*member // those that records name; of some nothing but the name is known
 	rows    bool               // the metadata knows all indexes
 	turn    atomic.Uint32
+
+	changing sync.Mutex // one change of members at a time
 
 	putTimes, getTimes durations
 	buffers            buffers
@@ -371,6 +373,13 @@ func (s *Store) members() []*member {
 		}
 		s.placing.Unlock()
 	}
+	return s.used()
+}
+
+// used are the members as they are now. Who adds one or takes one away makes another slice.
+func (s *Store) used() []*member {
+	s.placing.RLock()
+	defer s.placing.RUnlock()
 	return s.all
 }
 
@@ -393,13 +402,13 @@ func (s *Store) noteMembers(t *tx) {
 
 // fenced says whether too few locations are left that have not heard of another front end.
 func (s *Store) fenced(c disperse.Scheme) bool {
-	n := 0
-	for _, m := range s.all {
+	n, all := 0, s.used()
+	for _, m := range all {
 		if m.fenced.Load() {
 			n++
 		}
 	}
-	return n > len(s.all)-quorum(c)
+	return n > len(all)-quorum(c)
 }
 
 // choose picks who gets a segment's shards: one each, farms evenly, those that answer and have room first. The order, by

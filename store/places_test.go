@@ -992,7 +992,7 @@ func TestRotation(t *testing.T) {
 		t.Errorf("before: %d are under the old key", st.Old)
 	}
 	shards := shardsAt(t, b)
-	n, left, err := s.Rewrap(ctx)
+	n, left, err := s.Rewrap(ctx, nil)
 	if err != nil || n < 2 || left > 0 {
 		t.Fatal(n, left, err)
 	}
@@ -1002,7 +1002,7 @@ func TestRotation(t *testing.T) {
 	if st := statusOf(t, s); st.Old > 0 {
 		t.Errorf("after: %d are under the old key", st.Old)
 	}
-	delete(s.keys.stores, 0)
+	delete(s.keys().stores, 0)
 	s.cache.blocks = nil
 	same(t, s, body, want)
 	if got, err := getObject(ctx, s, "small"); err != nil || !bytes.Equal(got, want[:3000]) {
@@ -1087,17 +1087,18 @@ func TestLocationsShowNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	real := s.keys
+	real := s.keys()
 	r, _, _, err := s.find(keep(t, s, "last", "", text[:100_000]).Segments[0].ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s2 := &Store{keys: other, log: s.log, life: s.life, places: places{indexes: s.indexes, all: s.all}}
+	s2 := &Store{log: s.log, life: s.life, places: places{indexes: s.indexes, all: s.all}}
+	s2.ring.Store(other)
 	s2.upkeep.init()
 	if _, err := s2.get(ctx, nil, r); !errors.Is(err, disperse.ErrAuth) {
 		t.Errorf("all shards and another key: %v", err)
 	}
-	if _, err := s.get(ctx, nil, r); err != nil || s.keys != real {
+	if _, err := s.get(ctx, nil, r); err != nil || s.keys() != real {
 		t.Errorf("all shards and the key: %v", err)
 	}
 }

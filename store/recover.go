@@ -52,7 +52,10 @@ func (s *Store) Recovery() Recovery { return s.recovery }
 
 // Keys are those that the store is run with: those of the configuration, or of a later epoch if the phrase was there to derive
 // them. Who restored a store saves them.
-func (s *Store) Keys() *Keys { return s.keys }
+func (s *Store) Keys() *Keys { return s.keys() }
+
+// keys change when they are rotated, to those of a later epoch.
+func (s *Store) keys() *Keys { return s.ring.Load() }
 
 // answer is what a location says at the start.
 type answer struct {
@@ -72,10 +75,11 @@ func (a *answer) older(epoch location.Epoch, seq uint64) bool {
 func (s *Store) ask(ctx context.Context, f func(context.Context, *answer) error) []*answer {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
-	all := make([]*answer, len(s.cfg.Members))
+	members := s.used()
+	all := make([]*answer, len(members))
 	var wg sync.WaitGroup
-	for i, m := range s.cfg.Members {
-		all[i] = &answer{Member: m}
+	for i, m := range members {
+		all[i] = &answer{Member: m.Member}
 		wg.Go(func() { all[i].err = f(ctx, all[i]) })
 	}
 	wg.Wait()
@@ -107,10 +111,12 @@ func (s *Store) recover(ctx context.Context) error {
 	} else if best == nil {
 		return s.identify()
 	}
-	if best.key > s.keys.Epoch {
-		if s.keys, err = s.keys.raise(best.key); err != nil {
+	if best.key > s.keys().Epoch {
+		keys, err := s.keys().raise(best.key)
+		if err != nil {
 			return err
 		}
+		s.ring.Store(keys)
 	}
 	for i, p := range best.places {
 		s.learn(i, p)
@@ -212,14 +218,14 @@ func nextEpoch(known []location.Epoch) (best location.Epoch) {
 func (s *Store) identified() (bool, error) {
 	v := view{r: s.db}
 	b, ok, err := v.get(ownKey(tableIdentity))
-	if err == nil && ok && !hmac.Equal(b, s.keys.identity()) {
+	if err == nil && ok && !hmac.Equal(b, s.keys().identity()) {
 		err = fmt.Errorf("the database is another store's: %w", ErrKeys)
 	}
 	return ok, err
 }
 
 func (s *Store) identify() error {
-	return s.db.Set(ownKey(tableIdentity), s.keys.identity(), pebble.Sync)
+	return s.db.Set(ownKey(tableIdentity), s.keys().identity(), pebble.Sync)
 }
 
 // identity tells a store from others, and its keys to nobody.
@@ -242,7 +248,7 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 		if a.head.Epoch == 0 {
 			continue
 		}
-		h, err := s.keys.verify(a.head)
+		h, err := s.keys().verify(a.head)
 		if err != nil {
 			s.log.Warn("a location's head is not this store's", "location", fmt.Sprintf("%x", a.ID), "error", err)
 			r.Forged = append(r.Forged, a.ID)
@@ -417,7 +423,10 @@ func (s *Store) catchUp(ctx context.Context, local *ref) error {
 	if len(way) == 0 && local != nil && s.last.record.id() != local.record.id() {
 		return fmt.Errorf("the database has another block %d than the log: it is not of this store, or was restored elsewhere", from)
 	}
-	for _, st := range slices.Backward(way) {
+	for i, st := range slices.Backward(way) {
+		if s.cfg.Replaying != nil {
+			s.cfg.Replaying("block", len(way)-i, len(way))
+		}
 		plain := st.plain
 		if plain == nil {
 			var err error

@@ -147,6 +147,11 @@ func (r *Repaired) add(o *Repaired) {
 
 // Repair goes through the queue once, the most endangered first, and brings segments back to n shards where it can.
 func (s *Store) Repair(ctx context.Context) (Repaired, error) {
+	return s.RepairAt(ctx, s.cfg.Upkeep.RepairRate, nil)
+}
+
+// RepairAt is Repair that makes so many bytes a second, 0 is no bound. seen, if it is not nil, hears how far it is.
+func (s *Store) RepairAt(ctx context.Context, rate int, seen func(Repaired)) (Repaired, error) {
 	ctx, end, err := s.begin(ctx)
 	if err != nil {
 		return Repaired{}, err
@@ -158,7 +163,7 @@ func (s *Store) Repair(ctx context.Context) (Repaired, error) {
 	if err := s.enqueueNoticed(ctx); err != nil {
 		return sum, err
 	}
-	pace := pacer{rate: s.cfg.Upkeep.RepairRate, begin: time.Now()}
+	pace := pacer{rate: rate, begin: time.Now()}
 	const page, workers = 64, 4
 	for from := ownKey(tableQueue); from != nil; {
 		var keys, values [][]byte
@@ -202,6 +207,9 @@ func (s *Store) Repair(ctx context.Context) (Repaired, error) {
 			if err := pace.did(ctx, int(cases[i].did.Bytes)); err != nil {
 				return sum, err
 			}
+		}
+		if seen != nil {
+			seen(sum)
 		}
 	}
 	return sum, ctx.Err()
@@ -616,7 +624,7 @@ func (s *Store) rebuild(ctx context.Context, coder *disperse.Coder, r, now *reco
 	for _, j := range jobs {
 		if b := shards[j.shard]; b != nil { // it was read, and only moves
 			b = bytes.Clone(b)
-			n, err := disperse.Restamp(&s.keys.shards, b, j.to.ID)
+			n, err := disperse.Restamp(&s.keys().shards, b, j.to.ID)
 			if err != nil {
 				return fmt.Errorf("repair segment %v: %w", r.ID, err)
 			}
@@ -625,7 +633,7 @@ func (s *Store) rebuild(ctx context.Context, coder *disperse.Coder, r, now *reco
 		}
 		lack, at = append(lack, j.shard), append(at, j.to.ID)
 	}
-	fresh, called, err := coder.Reconstruct(r.ID, &s.keys.shards, shards, lack, at)
+	fresh, called, err := coder.Reconstruct(r.ID, &s.keys().shards, shards, lack, at)
 	if err != nil {
 		return fmt.Errorf("repair: %w", err)
 	}

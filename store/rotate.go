@@ -3,15 +3,39 @@ package store
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
 	"fmt"
 	"time"
 
 	"holdfast/disperse"
 )
 
+// Rotate has new segments be sealed under the key of a later epoch. The caller has made the keys durable: what comes next
+// cannot be read without them. Rewrap then takes what is there over.
+func (s *Store) Rotate(keys *Keys) error {
+	for {
+		now := s.ring.Load()
+		switch {
+		case !hmac.Equal(keys.identity(), now.identity()) || keys.shards != now.shards || keys.tls != now.tls:
+			return fmt.Errorf("rotate keys: %w", ErrKeys)
+		case keys.Epoch < now.Epoch:
+			return fmt.Errorf("rotate keys: the store has those of epoch %d, these are of %d: %w", now.Epoch, keys.Epoch, ErrKeys)
+		}
+		for e, k := range now.stores {
+			if keys.stores[e] != k {
+				return fmt.Errorf("rotate keys: these lack that of epoch %d: %w", e, ErrKeys)
+			}
+		}
+		if s.ring.CompareAndSwap(now, keys) {
+			return nil
+		}
+	}
+}
+
 // Rewrap seals the keys of all segments under the store key of the newest epoch that is here, without touching what they
-// seal. It returns how many it changed and how many could not be, since too few locations answer: it may be repeated.
-func (s *Store) Rewrap(ctx context.Context) (changed, left int, err error) {
+// seal. It returns how many it changed and how many could not be, since too few locations answer: it may be repeated. seen,
+// if it is not nil, hears how far it is.
+func (s *Store) Rewrap(ctx context.Context, seen func(changed, left int)) (changed, left int, err error) {
 	ctx, end, err := s.begin(ctx)
 	if err != nil {
 		return 0, 0, err
@@ -57,7 +81,7 @@ func (s *Store) Rewrap(ctx context.Context) (changed, left int, err error) {
 			if err != nil {
 				return changed, left, fmt.Errorf("rewrap: %w", err)
 			}
-			if r.Secret || r.Key >= s.keys.Epoch {
+			if r.Secret || r.Key >= s.keys().Epoch {
 				continue
 			}
 			if err := s.rewrapOne(ctx, &r); err != nil {
@@ -89,6 +113,9 @@ func (s *Store) Rewrap(ctx context.Context) (changed, left int, err error) {
 			return changed, left, fmt.Errorf("rewrap: %w", err)
 		}
 		changed += n
+		if seen != nil {
+			seen(changed, left)
+		}
 	}
 	if changed > 0 {
 		s.wantSnapshot()
@@ -102,11 +129,12 @@ func (s *Store) rewrapOne(ctx context.Context, r *record) error {
 	if err != nil {
 		return err
 	}
-	old, err := s.keys.store(r.Key)
+	keys := s.keys()
+	old, err := keys.store(r.Key)
 	if err != nil {
 		return err
 	}
-	key, err := s.keys.store(s.keys.Epoch)
+	key, err := keys.store(keys.Epoch)
 	if err != nil {
 		return err
 	}
@@ -137,6 +165,6 @@ func (s *Store) rewrapOne(ctx context.Context, r *record) error {
 	if err != nil {
 		return err
 	}
-	r.Wrap, r.Key = w, s.keys.Epoch
+	r.Wrap, r.Key = w, keys.Epoch
 	return nil
 }

@@ -43,7 +43,12 @@ type expected struct {
 
 // Scrub compares all records with what locations have: their lists say what is missing, what is rotten, and what nothing
 // refers to. Whether what they list is there is for audits to find. rate is how many shards a second it looks at.
-func (s *Store) Scrub(ctx context.Context, rate int) (sum Scrubbed, err error) {
+func (s *Store) Scrub(ctx context.Context, rate int) (Scrubbed, error) {
+	return s.ScrubAt(ctx, rate, nil)
+}
+
+// ScrubAt is Scrub whose progress seen hears, if it is not nil: how many shards of about so many it has looked at.
+func (s *Store) ScrubAt(ctx context.Context, rate int, seen func(done, about int64)) (sum Scrubbed, err error) {
 	ctx, end, err := s.begin(ctx)
 	if err != nil {
 		return sum, err
@@ -63,6 +68,9 @@ func (s *Store) Scrub(ctx context.Context, rate int) (sum Scrubbed, err error) {
 	passes := min(total/scrubPass+1, 1<<16)
 	found := map[orphan]bool{}
 	pace := pacer{rate: rate, begin: time.Now()}
+	if seen != nil {
+		pace.seen = func(done int) { seen(int64(done), total) }
+	}
 	for p := range passes {
 		lo, hi := p<<16/passes, (p+1)<<16/passes
 		if err := s.scrubPart(ctx, uint32(lo), uint32(hi), &sum, found, &pace); err != nil {
@@ -77,10 +85,15 @@ type pacer struct {
 	rate  int
 	done  int
 	begin time.Time
+	seen  func(done int) // nil is nothing
 }
 
 func (p *pacer) did(ctx context.Context, n int) error {
-	if p.done += n; p.rate <= 0 {
+	p.done += n
+	if p.seen != nil {
+		p.seen(p.done)
+	}
+	if p.rate <= 0 {
 		return ctx.Err()
 	}
 	ahead := time.Duration(float64(p.done)/float64(p.rate)*float64(time.Second)) - time.Since(p.begin)
@@ -97,8 +110,20 @@ func (p *pacer) did(ctx context.Context, n int) error {
 
 // eachRecord calls f for every segment and block there is, those that were dropped and not removed too.
 func (s *Store) eachRecord(v *view, f func(key []byte, block uint64, r *record) error) error {
+	return s.eachFrom(v, nil, f)
+}
+
+// eachFrom is eachRecord from a key on that an earlier f had; nil is the first.
+func (s *Store) eachFrom(v *view, from []byte, f func(key []byte, block uint64, r *record) error) error {
 	for _, table := range []byte{tableSegment, tableBlock, tableGarbage} {
-		c := v.scan(ownKey(table), ownKey(table+1), 0)
+		begin := ownKey(table)
+		if from != nil {
+			if from[1] != table {
+				continue
+			}
+			begin, from = from, nil
+		}
+		c := v.scan(begin, ownKey(table+1), 0)
 		for c.Next() {
 			b, block := c.Value(), uint64(0)
 			switch table {
@@ -182,7 +207,7 @@ func (s *Store) scrubPart(ctx context.Context, lo, hi uint32, sum *Scrubbed, fou
 			bad[e.id] = append(bad[e.id], e)
 		}
 	}
-	return s.condemn(ctx, bad, sum)
+	return s.condemn(ctx, bad, false, sum)
 }
 
 // scrubMember takes from want what a member lists. It says whether it listed everything.
@@ -223,8 +248,89 @@ func (s *Store) scrubMember(ctx context.Context, m *member, lo, hi uint32, want 
 	}
 }
 
-// condemn notes that shards are not durable, and queues their segments.
-func (s *Store) condemn(ctx context.Context, bad map[disperse.ID][]expected, sum *Scrubbed) error {
+// Verified is what reading all shards found.
+type Verified struct {
+	Shards, Bytes int64 // that were read
+	Bad           int64 // missing, or other bytes than their names say: they are in the queue of repairs
+	Silent        int64 // whose locations did not answer
+}
+
+// Verify reads every shard that records name, rate bytes a second at most (0 is no bound), and checks it against its name:
+// nothing that locations say is believed. seen, if it is not nil, hears how far it is.
+func (s *Store) Verify(ctx context.Context, rate int, seen func(Verified)) (sum Verified, err error) {
+	ctx, end, err := s.begin(ctx)
+	if err != nil {
+		return sum, err
+	}
+	defer end()
+	s.upkeep.scrubbing.Lock()
+	defer s.upkeep.scrubbing.Unlock()
+	type entry struct {
+		block uint64
+		r     record
+	}
+	pace := pacer{rate: rate, begin: time.Now()}
+	for from, more := []byte(nil), true; more; {
+		var page []entry
+		more = false
+		full := errors.New("the page is full")
+		err := s.view(ctx, func(v *view) error {
+			return s.eachFrom(v, from, func(key []byte, block uint64, r *record) error {
+				switch {
+				case key[1] == tableGarbage:
+					return nil
+				case len(page) == 256:
+					from, more = bytes.Clone(key), true
+					return full
+				}
+				page = append(page, entry{block, *r})
+				return nil
+			})
+		})
+		if err != nil && !errors.Is(err, full) {
+			return sum, fmt.Errorf("verify: %w", err)
+		}
+		bad := map[disperse.ID][]expected{}
+		for i := range page {
+			r := &page[i].r
+			coder, err := s.coder(r.Scheme)
+			if err != nil {
+				return sum, fmt.Errorf("verify: %w", err)
+			}
+			members := make([]*member, r.Scheme.N)
+			for j, x := range r.Members {
+				members[j] = s.memberAt(x)
+			}
+			size := shardSize(coder, r)
+			for j, st := range s.look(ctx, r, members, size, true) {
+				switch {
+				case st == noAnswer:
+					sum.Silent++
+					continue
+				case st != good && s.still(r, j):
+					bad[r.ID] = append(bad[r.ID], expected{r.ID, page[i].block, r.Members[j], uint8(j), uint32(size)})
+				}
+				sum.Shards++
+				sum.Bytes += int64(size)
+			}
+			if err := pace.did(ctx, size*r.Scheme.N); err != nil {
+				return sum, err
+			}
+			if seen != nil {
+				seen(sum)
+			}
+		}
+		var found Scrubbed
+		if err := s.condemn(ctx, bad, true, &found); err != nil {
+			return sum, fmt.Errorf("verify: %w", err)
+		}
+		sum.Bad += found.Missing
+	}
+	return sum, nil
+}
+
+// condemn notes that shards are not durable, and queues their segments. deep: what locations say of them is not enough.
+func (s *Store) condemn(ctx context.Context, bad map[disperse.ID][]expected, deep bool, sum *Scrubbed) error {
 	if len(bad) == 0 {
 		return nil
 	}
@@ -237,7 +343,7 @@ func (s *Store) condemn(ctx context.Context, bad map[disperse.ID][]expected, sum
 		left = left[len(page):]
 		err := s.update(ctx, func(t *tx) error {
 			for _, id := range page {
-				c := repairCase{id: id, row: queueRow{block: bad[id][0].block}}
+				c := repairCase{id: id, row: queueRow{block: bad[id][0].block, deep: deep}}
 				key := idKey(tableSegment, id)
 				if c.row.block > 0 {
 					key = sequenceKey(tableBlock, c.row.block)

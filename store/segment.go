@@ -204,7 +204,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 		return r, 0, err
 	}
 	at := make([]disperse.Place, c.N)
-	r = record{ID: id, Size: uint32(len(plain)), Scheme: c, Key: s.keys.Epoch, Secret: secret, Members: make([]uint16, c.N)}
+	r = record{ID: id, Size: uint32(len(plain)), Scheme: c, Key: s.keys().Epoch, Secret: secret, Members: make([]uint16, c.N)}
 	for i, m := range chosen {
 		at[i], r.Members[i] = m.ID, m.index
 		r.setDurable(i, false)
@@ -252,7 +252,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 			m := spares[j]
 			spares = slices.Delete(spares, j, j+1)
 			b := bytes.Clone(e.Shards[i])
-			n, err := disperse.Restamp(&s.keys.shards, b, m.ID)
+			n, err := disperse.Restamp(&s.keys().shards, b, m.ID)
 			if err != nil {
 				continue
 			}
@@ -330,13 +330,13 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 
 func (s *Store) encode(coder *disperse.Coder, r *record, at []disperse.Place, plain []byte) (*disperse.Encoded, error) {
 	if r.Secret {
-		return coder.Split(r.ID, &s.keys.shards, at, plain)
+		return coder.Split(r.ID, &s.keys().shards, at, plain)
 	}
-	key, err := s.keys.store(r.Key)
+	key, err := s.keys().store(r.Key)
 	if err != nil {
 		return nil, err
 	}
-	return coder.Encode(r.ID, key, &s.keys.shards, at, plain)
+	return coder.Encode(r.ID, key, &s.keys().shards, at, plain)
 }
 
 // shardSize is the size of each shard of a segment.
@@ -483,13 +483,13 @@ func gone(err error) bool {
 
 func (s *Store) decode(dst []byte, coder *disperse.Coder, r *record, shards [][]byte) ([]byte, error) {
 	if r.Secret {
-		out, err := coder.Join(dst, r.ID, &s.keys.shards, shards)
+		out, err := coder.Join(dst, r.ID, &s.keys().shards, shards)
 		if err == nil && len(out)-len(dst) != int(r.Size) {
 			return dst, fmt.Errorf("secret %v: %d bytes, not %d: %w", r.ID, len(out)-len(dst), r.Size, disperse.ErrAuth)
 		}
 		return out, err
 	}
-	key, err := s.keys.store(r.Key)
+	key, err := s.keys().store(r.Key)
 	if err != nil {
 		return dst, err
 	}

@@ -225,6 +225,9 @@ func (s *Store) loadSnapshot(ctx context.Context, r *snapshotRef) (*ref, error) 
 	}
 	var plain []byte
 	for i := range records {
+		if s.cfg.Replaying != nil {
+			s.cfg.Replaying("piece of the snapshot", i+1, len(records))
+		}
 		if plain, err = s.get(ctx, plain[:0], &records[i]); err != nil {
 			return nil, err
 		}

@@ -74,7 +74,7 @@ func (s *Store) Status(ctx context.Context) (Status, error) {
 			if d < r.Scheme.K {
 				st.Lost++
 			}
-			if r.Key < s.keys.Epoch && !r.Secret {
+			if r.Key < s.keys().Epoch && !r.Secret {
 				st.Old++
 			}
 			st.Bytes += int64(r.Size)
