@@ -720,9 +720,10 @@ func (b *batch) eligible(rev contract.RevisionID, n *Node) bool {
 	return err == nil && Eligible(h, n)
 }
 
-// Eligible reports whether the placement of some service of h allows node n.
+// Eligible reports whether the placement of some service of h allows node n. A machine that only keeps shards runs nothing,
+// and gets nobody's keys.
 func Eligible(h *contract.Header, n *Node) bool {
-	return slices.ContainsFunc(h.Services, func(s contract.Service) bool {
+	return n.CPUMilli >= schedule.OverheadCPUMilli && n.Memory >= schedule.OverheadMemory && slices.ContainsFunc(h.Services, func(s contract.Service) bool {
 		return (len(s.Placement.Farms) == 0 || slices.Contains(s.Placement.Farms, n.FarmName)) &&
 			(len(s.Placement.Nodes) == 0 || slices.Contains(s.Placement.Nodes, n.Name))
 	})

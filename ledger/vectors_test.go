@@ -16,6 +16,7 @@ import (
 
 	"holdfast/contract"
 	"holdfast/identity"
+	"holdfast/internal/canonical"
 )
 
 // vectors collects named bytes in their order.
@@ -55,6 +56,22 @@ func life(t *testing.T) (*vectors, *State) {
 	limited := *g
 	limited.Limits = Limits{Account: Quota{1, 2, 3, 4}, Shared: Quota{5, 6, 7, 8}}
 	v.sum("genesis.limits", limited.Encode())
+	stored := *g
+	stored.Validators = []Validator{g.Validators[0]}
+	stored.Validators[0].WireGuard, stored.Validators[0].Endpoints = [32]byte{6}, []string{"2001:db8::1"}
+	stored.Store = Store{FrontEnd: [32]byte{7}, Recovery: [32]byte{8}, Limit: 1 << 40}
+	v.sum("genesis.store", stored.Encode())
+	begun, err := New(&stored)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{StoreKey(contract.ID{}), StoresKey} {
+		b, _ := begun.tree.get(name)
+		v.add("store."+hex.EncodeToString([]byte(name)), b)
+	}
+	where := &NodeAdmit{Name: "location-1", Endpoints: []string{"2001:db8::5"}, Storage: 1 << 40, Location: [32]byte{9}}
+	v.sum("node.admit.location", where.ProofBytes(id))
+	v.sum("node.location", canonical.Encode(&Node{Name: "location-1", Storage: 1 << 40, Location: [32]byte{9}}))
 
 	s, err := New(g)
 	if err != nil {
