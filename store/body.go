@@ -22,6 +22,7 @@ const (
 	flyingMemory = 32 << 20 // of these, those that are being put; each has a half more or so in shards
 	readMemory   = 128 << 20
 	fetchMemory  = 32 << 20 // of shards that are being fetched
+	lateMemory   = 64 << 20 // of shards whose segments are durable without them
 
 	classStandard = "STANDARD"
 	classSecret   = "SHAMIR" // each byte is shared: what k−1 locations have says nothing, whatever is computed on
@@ -63,6 +64,7 @@ type memory struct {
 	mu      sync.Mutex
 	free    int
 	waiting []*claim
+	moved   time.Time // when some was given back
 }
 
 type claim struct {
@@ -83,7 +85,8 @@ func (m *memory) try(n int) bool {
 	return true
 }
 
-// take waits until n bytes are there, which are at most what there is of all.
+// take waits until n bytes are there, which are at most what there is of all. It gives up when for so long nothing was given
+// back at all: a long queue is no reason.
 func (m *memory) take(ctx context.Context, n int, most time.Duration) error {
 	if m.try(n) {
 		return nil
@@ -95,11 +98,20 @@ func (m *memory) take(ctx context.Context, n int, most time.Duration) error {
 	m.mu.Unlock()
 	t := time.NewTimer(most)
 	defer t.Stop()
-	select {
-	case <-c.done:
-		return nil
-	case <-ctx.Done():
-	case <-t.C:
+	for waits := true; waits; {
+		select {
+		case <-c.done:
+			return nil
+		case <-ctx.Done():
+			waits = false
+		case <-t.C:
+			m.mu.Lock()
+			still := time.Since(m.moved)
+			m.mu.Unlock()
+			if waits = still < most; waits {
+				t.Reset(most - still)
+			}
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -122,6 +134,7 @@ func (m *memory) give(n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.free += n
+	m.moved = time.Now()
 	m.grant()
 }
 

@@ -324,19 +324,45 @@ func (s *Store) update(ctx context.Context, f func(*tx) error) error {
 		select {
 		case <-full:
 		case <-w.timer.C:
-			return busy()
+			if !s.moves(w.timer) {
+				return busy()
+			}
 		case <-ctx.Done():
 			return busy()
 		}
 	}
-	select {
-	case err := <-w.done:
-		return again(err)
-	case <-w.timer.C:
-		return busy()
-	case <-ctx.Done():
-		return busy()
+	for {
+		select {
+		case err := <-w.done:
+			return again(err)
+		case <-w.timer.C:
+			if !s.moves(w.timer) {
+				return busy()
+			}
+		case <-ctx.Done():
+			return busy()
+		}
 	}
+}
+
+// moves says whether the log went on within the time that an Update waits, or a quorum of locations did something while it
+// was their turn, and has the timer wait for what is left of it: a long queue is no reason to give up.
+func (s *Store) moves(t *time.Timer) bool {
+	last := s.moved.Load()
+	if !s.insisting.Load() {
+		alive := make([]int64, len(s.all))
+		for i, m := range s.all {
+			alive[i] = m.alive.Load()
+		}
+		slices.Sort(alive)
+		last = max(last, alive[len(alive)-min(quorum(s.scheme), len(alive))])
+	}
+	left := s.cfg.Timeout - time.Duration(time.Now().UnixNano()-last)
+	if left <= 0 {
+		return false
+	}
+	t.Reset(left)
+	return true
 }
 
 // join runs f in the group that forms. If that is full it returns what says that the next one forms. One that neither
@@ -519,6 +545,7 @@ func (s *Store) write(g *group) error {
 		return err
 	}
 	s.before, s.last, s.sequence = s.last, r, g.sequence
+	s.moved.Store(time.Now().UnixNano())
 	if s.logged.Add(n) > max(s.cfg.Snapshot, s.snapshotSize.Load()/snapshotShare) || s.blocks.Add(1) > snapshotBlocks {
 		s.wantSnapshot()
 	}
@@ -527,8 +554,10 @@ func (s *Store) write(g *group) error {
 
 // insist repeats what locations have to do until they have, the store is closed, or another front end has it.
 func (s *Store) insist(what string, f func() error) error {
+	defer s.insisting.Store(false)
 	for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		err := f()
+		s.insisting.Store(true)
 		switch {
 		case err == nil:
 			return nil

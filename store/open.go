@@ -37,7 +37,7 @@ type Config struct {
 	// Fragile allows what Placement refuses: a farm without which nothing can be written, or that can read alone.
 	Fragile   bool
 	Upkeep    Upkeep
-	Timeout   time.Duration // how long an Update waits; 0 means 10 s
+	Timeout   time.Duration // how long nothing at all may happen for who waits; 0 means 10 s
 	Heartbeat time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
 	Snapshot  int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB
 	Log       *slog.Logger  // nil discards
@@ -80,6 +80,9 @@ type Store struct {
 	dead    error  // why no more changes are taken
 	wake    chan struct{}
 	waiters sync.Pool
+	moved   atomic.Int64 // when the last block was durable, ns since 1970
+	// insisting says that what the log wants has failed, and is tried again.
+	insisting atomic.Bool
 
 	// The log goroutine's.
 	sequence uint64 // of the last block

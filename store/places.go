@@ -26,7 +26,7 @@ const (
 	putCeiling = 3 * time.Second
 	getFloor   = 15 * time.Millisecond
 	getCeiling = 2 * time.Second
-	lateLimit  = 20 * time.Second // the longest that a request may take
+	lateLimit  = 20 * time.Second // how long who is late is waited for, and how long a place may do nothing at all
 )
 
 // A State is what a member is for.
@@ -47,8 +47,8 @@ type member struct {
 	indexed bool
 	state   atomic.Uint32 // State
 
-	sending atomic.Int32
 	gets    atomic.Int64 // ns a MiB, of late
+	alive   atomic.Int64 // when it last did what it was asked, ns since 1970
 	fenced  atomic.Bool
 	suspect atomic.Bool // it gave wrong bytes or proofs since the start
 	lies    atomic.Int64
@@ -97,6 +97,7 @@ func (m *member) answered(err error, _ time.Duration) {
 	defer m.mu.Unlock()
 	switch {
 	case err == nil:
+		m.alive.Store(time.Now().UnixNano())
 		m.fenced.Store(false)
 		m.full = time.Time{}
 	case errors.Is(err, location.ErrFull), errors.Is(err, location.ErrQuota):
@@ -143,8 +144,16 @@ func (m *member) read(err error, took time.Duration, n int) {
 		m.answered(err, took)
 		return
 	}
+	m.alive.Store(time.Now().UnixNano())
 	each := int64(took) * (1 << 20) / int64(max(n, 64<<10))
 	m.gets.Store((m.gets.Load()*7 + each) / 8)
+}
+
+// stalled is the time since when nothing came from any of the members, or since a begin if that is later.
+func stalled(begin time.Time, members func(func(*member))) time.Duration {
+	last := begin.UnixNano()
+	members(func(m *member) { last = max(last, m.alive.Load()) })
+	return time.Duration(time.Now().UnixNano() - last)
 }
 
 // speed is in which order members are asked: the logarithm, to base 4, of what they take. All that are fast are the same:
@@ -204,6 +213,7 @@ type places struct {
 	buffers            buffers
 	writing, putting   memory
 	reading, fetching  memory
+	late               memory       // shards on their way to those who are late
 	active             atomic.Int64 // bodies that are being written
 	running            reads
 
@@ -272,6 +282,7 @@ func (s *Store) openPlaces() error {
 	s.putting.init(flyingMemory)
 	s.reading.init(readMemory)
 	s.fetching.init(fetchMemory)
+	s.late.init(lateMemory)
 	s.upkeep.init()
 	return nil
 }

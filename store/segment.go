@@ -117,6 +117,8 @@ type flight struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	refs   atomic.Int32 // who reads the shards
+	size   int          // of all shards
+	held   atomic.Bool  // of the memory for those who are late
 	waste  atomic.Bool  // put has given up: what arrives is removed
 	landed chan landing
 }
@@ -134,18 +136,29 @@ func (f *flight) release() {
 	if f.refs.Add(-1) == 0 {
 		f.e.Release()
 		f.cancel()
+		if f.held.Load() {
+			f.s.late.give(f.size)
+		}
 	}
+}
+
+// leave lets the shards that are still on their way arrive, if there are not too many of them. Repair brings the others.
+func (f *flight) leave() {
+	if !f.s.late.try(f.size) {
+		f.cancel()
+		return
+	}
+	f.held.Store(true)
+	time.AfterFunc(lateLimit, f.cancel)
 }
 
 // send brings a shard to a member. shard stays as it is until the flight is over.
 func (f *flight) send(i int, n disperse.Name, shard []byte, m *member) {
 	f.refs.Add(1)
-	m.sending.Add(1)
 	f.s.spawn(func() {
 		begin := time.Now()
 		err := f.s.sendShard(f.ctx, m, n, shard, f.head, f.signed)
 		took := time.Since(begin)
-		m.sending.Add(-1)
 		m.answered(err, took)
 		f.landed <- landing{i, n, m, err, took} // it has room for all
 		if err == nil && f.waste.Load() && f.head == nil {
@@ -214,9 +227,9 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 		return r, 0, err
 	}
 	r.Names, r.Wrap = slices.Clone(e.Names), e.Wrap
-	f := &flight{s: s, e: e, head: h, landed: make(chan landing, c.N+len(spares))}
+	f := &flight{s: s, e: e, head: h, landed: make(chan landing, c.N+len(spares)), size: c.N * len(e.Shards[0])}
 	f.refs.Store(1)
-	f.ctx, f.cancel = context.WithTimeout(s.life, lateLimit)
+	f.ctx, f.cancel = context.WithCancel(s.life)
 	defer f.release()
 	if h != nil {
 		f.signed = h.sign(&r)
@@ -229,7 +242,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 		}
 	}
 	least := quorum(c)
-	running, begin := 0, time.Now()
+	running, begin, gaveUp := 0, time.Now(), false
 	var unsent []int
 	for i, m := range chosen {
 		if m.usable() || up < least {
@@ -264,9 +277,11 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 	}
 	hedge, over := time.NewTimer(s.putTimes.limit(putFloor, putCeiling)), false
 	defer hedge.Stop()
+	stall := time.NewTimer(lateLimit)
+	defer stall.Stop()
 	var why []error
 	var waste []landing
-	for running > 0 && !(over && durable >= least) {
+	for running > 0 && !gaveUp && !(over && durable >= least) {
 		select {
 		case l := <-f.landed:
 			running--
@@ -307,10 +322,29 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 					spare(i)
 				}
 			}
+		case <-stall.C:
+			// Where there is a long way, or a long queue, it takes long: that is not the end as long as something arrives.
+			still := stalled(begin, func(see func(*member)) {
+				for i, x := range r.Members {
+					if !r.durable(i) {
+						see(s.memberAt(x))
+					}
+				}
+			})
+			if still < lateLimit {
+				stall.Reset(lateLimit - still)
+				continue
+			}
+			why = append(why, errLate)
+			gaveUp = true
+			f.cancel()
 		case <-ctx.Done():
 			why = append(why, ctx.Err())
-			running = 0
+			gaveUp = true
 		}
+	}
+	if running > 0 {
+		f.leave()
 	}
 	for _, l := range waste {
 		s.spawn(func() { s.remove(s.life, l.by, l.name) })
@@ -374,7 +408,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 			s.buffers.put(b)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(ctx, lateLimit)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.life, cancel)()
 	running, have := 0, 0
@@ -409,6 +443,8 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 	begin := time.Now()
 	hedge := time.NewTimer(s.getTimes.limit(getFloor, getCeiling))
 	defer hedge.Stop()
+	stall := time.NewTimer(lateLimit)
+	defer stall.Stop()
 	for {
 		for have < k && running > 0 {
 			select {
@@ -431,6 +467,17 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 				for range running {
 					next()
 				}
+			case <-stall.C:
+				still := stalled(begin, func(see func(*member)) {
+					for _, x := range r.Members {
+						see(s.memberAt(x))
+					}
+				})
+				if still < lateLimit {
+					stall.Reset(lateLimit - still)
+					continue
+				}
+				return dst, fmt.Errorf("segment %v: %d of %d shards came in time: %w", r.ID, have, k, errors.Join(append(why, ErrBusy, errLate)...))
 			case <-ctx.Done():
 				return dst, fmt.Errorf("segment %v: %d of %d shards came in time: %w", r.ID, have, k, errors.Join(append(why, ErrBusy, ctx.Err())...))
 			}

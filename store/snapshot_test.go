@@ -248,7 +248,6 @@ func TestAFrontEndDiesInASnapshot(t *testing.T) {
 	ctx := t.Context()
 	for die := range 14 {
 		b := newBed(t, 2, 3)
-		b.change = func(c *Config) { c.Timeout = 100 * time.Millisecond }
 		s := b.open()
 		for i := range 30 {
 			if err := putObject(ctx, s, fmt.Sprint("key", i), fmt.Appendf(nil, "body %d", i)); err != nil {
@@ -275,7 +274,9 @@ func TestAFrontEndDiesInASnapshot(t *testing.T) {
 				return nil
 			}, nil)
 		}
-		failed := s.Snapshot(ctx)
+		dying, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		failed := s.Snapshot(dying)
+		cancel()
 		s.Close()
 		for _, f := range b.faults {
 			f.set(nil, nil)
