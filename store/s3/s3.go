@@ -38,6 +38,8 @@ type Config struct {
 	Reload           <-chan struct{} // has them read again
 	Access, Secret   string          // of the account that may do everything
 	Seal             [32]byte        // seals the secrets of other users
+	// Admin is called with what changes users and policies, before anything is served; nil is nothing.
+	Admin func(*Admin)
 	// Expire ends uploads that were not completed; 0 means 7 days.
 	Expire time.Duration
 	Region string       // "" means us-east-1
@@ -58,6 +60,9 @@ func Run(ctx context.Context, cfg Config) error {
 	u, err := newUsers(b, auth.Account{Access: cfg.Access, Secret: cfg.Secret, Role: auth.RoleAdmin}, cfg.Seal)
 	if err != nil {
 		return fmt.Errorf("serve s3: %w", err)
+	}
+	if cfg.Admin != nil {
+		cfg.Admin(&Admin{b, u})
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
