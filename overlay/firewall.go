@@ -20,7 +20,8 @@ import (
 
 // A Firewall is what the node's own namespace lets in: answers to what the node asked, neighbour discovery and router
 // advertisements that did not pass a router (hop limit 255), DHCP replies, and what Access opens on system networks.
-// Nothing is answered with an error, not even echo.
+// Nothing is answered with an error, not even echo. What is of a system network passes by its tunnel alone, whatever the
+// routes are: who shares the cable can add some, by router advertisements.
 type Firewall struct {
 	Main   string       // the node's namespace; empty means that of this process
 	Access []Access     // the system networks; nothing else listens
@@ -58,13 +59,17 @@ func (f Firewall) Apply() error {
 
 func (f Firewall) build(r *ruleset, links []netip.Prefix) error {
 	rule := r.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
+	out := r.chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
 	rule(iif("lo"), accept())
+	out(oif("lo"), accept())
 	for _, a := range f.Access {
 		// Before the general answers, so that who is struck off the list loses the connections that he opened.
-		listed, err := r.sources("access "+a.Interface, a.Sources)
+		listed, toListed, err := r.members("access "+a.Interface, a.Sources)
 		if err != nil {
 			return err
 		}
+		rule(notIif(a.Interface), listed, drop())
+		out(notOif(a.Interface), toListed, drop())
 		for _, port := range a.Ports {
 			rule(iif(a.Interface), listed, l4(unix.IPPROTO_TCP), dport(port), accept())
 		}
@@ -77,22 +82,26 @@ func (f Firewall) build(r *ruleset, links []netip.Prefix) error {
 	}
 	rule(family(unix.NFPROTO_IPV4), l4(unix.IPPROTO_UDP), sport(67), dport(68), accept())
 	rule(from(netip.MustParsePrefix("fe80::/10")), l4(unix.IPPROTO_UDP), sport(547), dport(546), accept())
+	// The last two let anybody in; where nobody waits for DHCP, the kernel would say so. (Workloads may be told.)
+	out(oif(uplinkOuter+"*"), accept())
+	out(noPort(unix.NFPROTO_IPV4), drop())
+	out(noPort(unix.NFPROTO_IPV6), drop())
 
 	rule = r.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 	if !f.Egress {
 		return nil
 	}
-	out := uplinkOuter + "*"
-	rule(oif(out), iif(out), drop())
-	rule(oif(out), answers(), accept())
+	uplink := uplinkOuter + "*"
+	rule(oif(uplink), iif(uplink), drop())
+	rule(oif(uplink), answers(), accept())
 	for _, a := range f.Access {
 		rule(oif(a.Interface), drop())
 	}
 	for _, p := range slices.Concat(privatePrefixes(), links) {
-		rule(iif(out), to(p), drop())
+		rule(iif(uplink), to(p), drop())
 	}
-	rule(iif(out), from(netip.MustParsePrefix("fd00::/8")), mark(), accept())
-	rule(iif(out), from(egressPool4), mark(), accept())
+	rule(iif(uplink), from(netip.MustParsePrefix("fd00::/8")), mark(), accept())
+	rule(iif(uplink), from(egressPool4), mark(), accept())
 
 	rule = r.chain("nat", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	rule(meta(expr.MetaKeyMARK, bytes32(egressMark)...), []expr.Any{&expr.Masq{}})

@@ -3,6 +3,7 @@ package overlay
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -289,13 +290,24 @@ func probe(t testing.TB, l *lab, b *box) (answers int) {
 	t.Helper()
 	iface := fmt.Sprintf("box%d", b.n)
 	var from, to net.HardwareAddr
+	var local netip.Addr // of the router, on the link
 	must(t, within(l.router, func() error {
 		dev, err := net.InterfaceByName(iface)
-		if err == nil {
-			from = dev.HardwareAddr
+		if err != nil {
+			return err
+		}
+		from = dev.HardwareAddr
+		addrs, err := dev.Addrs()
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsLinkLocalUnicast() {
+				local = p.Addr()
+			}
 		}
 		return err
 	}))
+	if !local.IsValid() {
+		t.Fatal("the router has no address of the link")
+	}
 	must(t, within(b.ns, func() error {
 		dev, err := net.InterfaceByName("eth0")
 		if err == nil {
@@ -311,6 +323,12 @@ func probe(t testing.TB, l *lab, b *box) (answers int) {
 				frame(from, to, pair[0], pair[1], unix.IPPROTO_TCP, uint16(port), nil),
 				frame(from, to, pair[0], pair[1], unix.IPPROTO_UDP, uint16(port), []byte("probe")))
 		}
+	}
+	// As a DHCP server would, whom the rules let in.
+	for range 3 {
+		frames = append(frames,
+			frameFrom(67, from, to, b.v4.Prev(), b.v4, unix.IPPROTO_UDP, 68, []byte("probe")),
+			frameFrom(547, from, to, local, b.v6, unix.IPPROTO_UDP, 546, []byte("probe")))
 	}
 	ping := []byte{icmpEcho, 0, 0, 0, 1, 2, 3, 4}
 	frames = append(frames, frame(from, to, b.v6.Prev(), b.v6, unix.IPPROTO_ICMPV6, 0, ping))
@@ -421,6 +439,115 @@ func TestSystemNetworkAccess(t *testing.T) {
 	}
 	if _, err := ms[0].Attach(t.Context(), Attachment{"w", Addr(netID("sys0"), [32]byte{5})}); err == nil {
 		t.Error("the system network took a workload")
+	}
+}
+
+// Who shares the cable advertises that a member of the system network is on the link, and answers in its place. (A machine
+// believes router advertisements: IPv6 dies without.)
+func TestTheCableDoesNotGetTheSystemNetworksTraffic(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.boxes[0], l.boxes[1]
+	one := a.join("sys0", 30000, func(c *Config) { c.InMain = true })
+	two := b.join("sys0", 30000, func(c *Config) { c.InMain = true })
+	mesh(t, one, two)
+	must(t, Firewall{Main: b.ns, Access: []Access{{"sys0", []netip.Addr{one.cfg.Self}, []uint16{7000}}}}.Apply())
+	protect := func() {
+		must(t, Firewall{Main: a.ns, Access: []Access{{Interface: "sys0", Sources: []netip.Addr{two.cfg.Self}}}}.Apply())
+	}
+	protect()
+	ln, err := two.Listen(t.Context(), 7000)
+	must(t, err)
+	serve(t, ln, "two")
+	to := netip.AddrPortFrom(two.cfg.Self, 7000)
+	reachable(t, a.ns, to, "two")
+
+	iface := fmt.Sprintf("box%d", a.n)
+	var router, victim *net.Interface
+	must(t, within(a.ns, func() (err error) {
+		victim, err = net.InterfaceByName("eth0")
+		return errors.Join(err, sysctl("ipv6/conf/eth0/accept_ra", "2"))
+	}))
+	var local netip.Addr
+	must(t, within(l.router, func() (err error) {
+		if router, err = net.InterfaceByName(iface); err != nil {
+			return err
+		}
+		addrs, err := router.Addrs()
+		for _, x := range addrs {
+			if p, err := netip.ParsePrefix(x.String()); err == nil && p.Addr().IsLinkLocalUnicast() {
+				local = p.Addr()
+			}
+		}
+		link, err2 := netlink.LinkByName(iface)
+		if err := errors.Join(err, err2); err != nil {
+			return err
+		}
+		addAddr(link, netip.PrefixFrom(two.cfg.Self, 128))
+		return nil
+	}))
+	listen(t, l.router, to, "thief")
+	advert := make([]byte, 16, 48)
+	advert[0], advert[4] = icmpRouterAdvert, 64
+	advert = append(advert, 3, 4, 128, 0x80, 0, 0, 14, 16, 0, 0, 14, 16, 0, 0, 0, 0) // on link, for an hour
+	advert = append(advert, two.cfg.Self.AsSlice()...)
+	// An answer from the cable to what was asked through the tunnel.
+	var pc net.PacketConn
+	must(t, within(a.ns, func() (err error) {
+		pc, err = new(net.ListenConfig).ListenPacket(t.Context(), "udp6", netip.AddrPortFrom(one.cfg.Self, 9000).String())
+		return err
+	}))
+	defer pc.Close()
+	forged := func() bool {
+		if _, err := pc.WriteTo([]byte("question"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(two.cfg.Self, 9001))); err != nil {
+			t.Log(err)
+		}
+		inject(t, l.router, iface, frameFrom(9001, router.HardwareAddr, victim.HardwareAddr, two.cfg.Self, one.cfg.Self, unix.IPPROTO_UDP, 9000, []byte("forged")))
+		pc.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+		n, _, _ := pc.ReadFrom(make([]byte, 16))
+		return n > 0
+	}
+	if forged() {
+		t.Error("an answer from the cable was heard as a member's")
+	}
+	inject(t, l.router, iface, frame(router.HardwareAddr, victim.HardwareAddr, local, a.v6, unix.IPPROTO_ICMPV6, 0, advert))
+	must(t, within(a.ns, func() error { // he says so from an address of his own, too
+		return netlink.NeighSet(&netlink.Neigh{LinkIndex: victim.Index, Family: unix.AF_INET6, State: netlink.NUD_PERMANENT, IP: two.cfg.Self.AsSlice(), HardwareAddr: router.HardwareAddr})
+	}))
+	stolen := func() bool {
+		c, err := dial(a.ns, to, time.Second)
+		if err != nil {
+			return false
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(time.Second))
+		who, _ := io.ReadAll(io.LimitReader(c, 3))
+		return string(who) == "thi"
+	}
+	clear := func(f []byte) bool {
+		return bytes.HasPrefix(f[6:], victim.HardwareAddr) && len(f) > 54 && f[12] == 0x86 && bytes.Equal(f[38:54], two.cfg.Self.AsSlice())
+	}
+	wire := sniff(t, l.router, iface)
+	for range 3 {
+		if stolen() {
+			t.Error("the cable answers for a member of the system network")
+		}
+	}
+	if n := wire.count(clear); n > 0 {
+		t.Errorf("%d packets for a member of the system network went to the cable, in the clear", n)
+	}
+	unprotect(t, a.ns)
+	if !soon(10*time.Second, stolen) {
+		t.Error("control: without rules the cable does not get it")
+	}
+	if !forged() {
+		t.Error("control: without rules an answer from the cable is not heard")
+	}
+	if wire.count(clear) == 0 {
+		t.Error("control: without rules nothing is seen on the cable")
+	}
+	protect()
+	if stolen() || forged() {
+		t.Error("again")
 	}
 }
 

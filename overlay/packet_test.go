@@ -130,17 +130,22 @@ func inject(t testing.TB, ns, iface string, frames ...[]byte) {
 
 // frame builds Ethernet, IPv6 or IPv4, and a transport header with payload; proto is 6 (a SYN), 17 or 58 (as given).
 func frame(from, to net.HardwareAddr, src, dst netip.Addr, proto byte, port uint16, payload []byte) []byte {
+	return frameFrom(40000, from, to, src, dst, proto, port, payload)
+}
+
+// frameFrom is a frame from a port.
+func frameFrom(sport uint16, from, to net.HardwareAddr, src, dst netip.Addr, proto byte, port uint16, payload []byte) []byte {
 	var l4 []byte
 	switch proto {
 	case unix.IPPROTO_TCP:
 		l4 = make([]byte, 20)
-		binary.BigEndian.PutUint16(l4[0:], 40000)
+		binary.BigEndian.PutUint16(l4[0:], sport)
 		binary.BigEndian.PutUint16(l4[2:], port)
 		l4[12], l4[13] = 5<<4, 2
 		binary.BigEndian.PutUint16(l4[14:], 1000)
 	case unix.IPPROTO_UDP:
 		l4 = make([]byte, 8)
-		binary.BigEndian.PutUint16(l4[0:], 40000)
+		binary.BigEndian.PutUint16(l4[0:], sport)
 		binary.BigEndian.PutUint16(l4[2:], port)
 		binary.BigEndian.PutUint16(l4[4:], uint16(8+len(payload)))
 	}

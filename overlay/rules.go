@@ -116,23 +116,26 @@ func (r *ruleset) pins(name string, addr nftables.SetDatatype, elements []nftabl
 	}), nil
 }
 
-// sources adds a set of addresses and returns the match for packets from one of them.
-func (r *ruleset) sources(name string, addrs []netip.Addr) ([]expr.Any, error) {
+// members adds a set of addresses and returns the matches for packets from one of them, and to one of them.
+func (r *ruleset) members(name string, addrs []netip.Addr) (from, to []expr.Any, err error) {
 	set := &nftables.Set{Name: name, KeyType: nftables.TypeIP6Addr}
 	var elements []nftables.SetElement
 	for _, a := range addrs {
 		if !a.Is6() {
-			return nil, fmt.Errorf("set %s: %v is not an IPv6 address", name, a)
+			return nil, nil, fmt.Errorf("set %s: %v is not an IPv6 address", name, a)
 		}
 		elements = append(elements, nftables.SetElement{Key: a.AsSlice()})
 	}
 	if err := r.set(set, elements); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return slices.Concat(family(unix.NFPROTO_IPV6), []expr.Any{
-		&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 16, DestRegister: 1},
-		&expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID},
-	}), nil
+	at := func(offset uint32) []expr.Any {
+		return slices.Concat(family(unix.NFPROTO_IPV6), []expr.Any{
+			&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 16, DestRegister: 1},
+			&expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID},
+		})
+	}
+	return at(8), at(24), nil
 }
 
 func pin(p place, addr netip.Addr) nftables.SetElement {
@@ -287,8 +290,14 @@ func ifmatch(name string) []byte {
 
 func iif(name string) []expr.Any { return meta(expr.MetaKeyIIFNAME, ifmatch(name)...) }
 func oif(name string) []expr.Any { return meta(expr.MetaKeyOIFNAME, ifmatch(name)...) }
-func family(f byte) []expr.Any   { return meta(expr.MetaKeyNFPROTO, f) }
-func l4(proto byte) []expr.Any   { return meta(expr.MetaKeyL4PROTO, proto) }
+func notIif(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: ifname(name)}}
+}
+func notOif(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: ifname(name)}}
+}
+func family(f byte) []expr.Any { return meta(expr.MetaKeyNFPROTO, f) }
+func l4(proto byte) []expr.Any { return meta(expr.MetaKeyL4PROTO, proto) }
 func ethernet() []expr.Any {
 	return meta(expr.MetaKeyIIFTYPE, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...)
 }
@@ -302,6 +311,14 @@ func hopLimit255() []expr.Any { return payload(expr.PayloadBaseNetworkHeader, 7,
 
 func icmp6(kind byte) []expr.Any {
 	return slices.Concat(family(unix.NFPROTO_IPV6), l4(unix.IPPROTO_ICMPV6), payload(expr.PayloadBaseTransportHeader, 0, kind))
+}
+
+// noPort matches what the kernel answers for a UDP port that nobody has.
+func noPort(f byte) []expr.Any {
+	if f == unix.NFPROTO_IPV4 {
+		return slices.Concat(family(f), l4(unix.IPPROTO_ICMP), payload(expr.PayloadBaseTransportHeader, 0, 3, 3))
+	}
+	return slices.Concat(family(f), l4(unix.IPPROTO_ICMPV6), payload(expr.PayloadBaseTransportHeader, 0, 1, 4))
 }
 
 func payload(base expr.PayloadBase, offset uint32, data ...byte) []expr.Any {
