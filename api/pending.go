@@ -23,7 +23,9 @@ import (
 const (
 	maxPending       = 256
 	maxPendingFarm   = 32
-	maxPendingSource = 8
+	maxPendingSource = 8               // one machine, or one network of IPv6
+	maxPendingSite   = 16              // what one site is given: a /48, or 256 addresses of IPv4
+	maxPendingWide   = 24              // what a provider has: fewer than a farm's places, so that they take more than one
 	pendingLife      = 5 * time.Minute // machines ask again all the time
 
 	maxPendingList = maxPending * (ledger.MaxNodeAdmit + 8) // bytes of all
@@ -100,7 +102,9 @@ func (b *pending) add(grid identity.GridID, known func(key string) bool, raw []b
 
 // room says whether there is a place for a wish.
 func (b *pending) room(id identity.NodeID, w wish) error {
-	all, ofFarm, ofSource := 0, 0, 0
+	all, ofFarm := 0, 0
+	nets := networks(w.from)
+	var ofNet [len(nets)]int
 	for other, o := range b.all {
 		if other == id {
 			continue
@@ -109,13 +113,18 @@ func (b *pending) room(id identity.NodeID, w wish) error {
 		if o.farm == w.farm {
 			ofFarm++
 		}
-		if o.from == w.from {
-			ofSource++
+		for i, n := range nets {
+			if n == o.from || n.Contains(o.from.Addr()) {
+				ofNet[i]++
+			}
+		}
+	}
+	for i, most := range [len(nets)]int{maxPendingSource, maxPendingSite, maxPendingWide} {
+		if ofNet[i] >= most {
+			return refused(http.StatusTooManyRequests, "%d machines of %v wait for approval, and no more can", ofNet[i], nets[i])
 		}
 	}
 	switch {
-	case ofSource >= maxPendingSource:
-		return refused(http.StatusTooManyRequests, "%d machines of %v wait for approval, and no more can", ofSource, w.from)
 	case ofFarm >= maxPendingFarm:
 		return refused(http.StatusTooManyRequests, "%d machines wait to be admitted to %v, and no more can", ofFarm, w.farm)
 	case all >= maxPending:
@@ -161,6 +170,19 @@ func source(r *http.Request) netip.Prefix {
 	}
 	p, _ := ip.Prefix(bits)
 	return p
+}
+
+// networks are those that a source is in, the narrowest first: who has one address of the widest may have all of them.
+func networks(from netip.Prefix) (nets [3]netip.Prefix) {
+	bits := [2]int{24, 16}
+	if from.Addr().Is6() {
+		bits = [2]int{48, 32}
+	}
+	nets[0] = from
+	for i, n := range bits {
+		nets[i+1], _ = from.Addr().Prefix(n)
+	}
+	return nets
 }
 
 func (v *Validator) announce(w http.ResponseWriter, r *http.Request) {

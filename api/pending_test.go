@@ -65,8 +65,8 @@ func (b *board) names() []string {
 	return out
 }
 
-// sources are addresses that look like different machines.
-func sources(i int) string { return fmt.Sprintf("2001:db8:%x::/64", i) }
+// sources are addresses that look like those of different networks' customers.
+func sources(i int) string { return fmt.Sprintf("2001:%x::/64", i) }
 
 func TestNobodyIsPushedOffTheBoard(t *testing.T) {
 	var farms []identity.FarmID
@@ -80,7 +80,11 @@ func TestNobodyIsPushedOffTheBoard(t *testing.T) {
 		most int
 		why  string
 	}{
-		{"one source", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(int) string { return sources(7) }, maxPendingSource, "8 machines of 2001:db8:7::/64 wait"},
+		{"one source", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(int) string { return sources(7) }, maxPendingSource, "8 machines of 2001:7::/64 wait"},
+		{"one site with many networks", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(i int) string { return fmt.Sprintf("2001:db8:7:%x::/64", i) }, 16, "16 machines of 2001:db8:7::/48 wait"},
+		{"one provider with many sites", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(i int) string { return fmt.Sprintf("2001:db8:%x::/64", i) }, 24, "24 machines of 2001:db8::/32 wait"},
+		{"neighbours of IPv4", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(i int) string { return fmt.Sprintf("203.0.113.%d/32", i) }, 16, "16 machines of 203.0.113.0/24 wait"},
+		{"many networks of IPv4", func(i int) identity.FarmID { return farms[i%len(farms)] }, func(i int) string { return fmt.Sprintf("203.0.%d.1/32", i) }, 24, "24 machines of 203.0.0.0/16 wait"},
 		{"one farm", func(int) identity.FarmID { return farms[3] }, sources, maxPendingFarm, "32 machines wait to be admitted to farm1"},
 		{"all", func(i int) identity.FarmID { return farms[i%len(farms)] }, sources, maxPending, "256 machines wait to be admitted, "},
 	} {
