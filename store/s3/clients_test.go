@@ -224,7 +224,7 @@ func (c *client) output(argv ...string) (string, error) {
 	if !strings.Contains(argv[0], "/") {
 		argv[0] = "/usr/bin/" + argv[0]
 	}
-	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(c.t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	var out, errs bytes.Buffer

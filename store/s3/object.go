@@ -329,6 +329,7 @@ func (b *objects) PutObject(ctx context.Context, in s3response.PutObjectInput) (
 		return out, b.answer(err)
 	}
 	defer src.close()
+	src.pace = b.paceOf(ctx)
 	if c, ok := ctx.(*fasthttp.RequestCtx); ok { // versitygw does not pass it on
 		o.class = string(c.Request.Header.Peek("X-Amz-Storage-Class"))
 	}
@@ -436,7 +437,7 @@ func (o *object) storageClass() string {
 
 func yes() *bool { t := true; return &t }
 
-func (b *objects) GetObject(_ context.Context, in *s3.GetObjectInput) (*s3.GetObjectOutput, error) {
+func (b *objects) GetObject(ctx context.Context, in *s3.GetObjectInput) (*s3.GetObjectOutput, error) {
 	k, o, err := b.read(*in.Bucket, str(in.Key), str(in.VersionId))
 	if err != nil {
 		if o != nil {
@@ -465,14 +466,14 @@ func (b *objects) GetObject(_ context.Context, in *s3.GetObjectInput) (*s3.GetOb
 		out.ChecksumCRC32, out.ChecksumCRC32C, out.ChecksumCRC64NVME, out.ChecksumSHA1, out.ChecksumSHA256 = c.crc32, c.crc32c, c.crc64nvme, c.sha1, c.sha256
 		out.ChecksumSHA512, out.ChecksumMD5, out.ChecksumXXHASH64, out.ChecksumXXHASH3, out.ChecksumXXHASH128 = c.sha512, c.md5, c.xxhash64, c.xxhash3, c.xxhash128
 	}
-	if out.Body, err = b.body(o.body, p.off, p.n); err != nil {
+	if out.Body, err = b.body(ctx, o.body, p.off, p.n); err != nil {
 		return nil, err
 	}
 	return out, nil
 }
 
 // body reads n bytes from off.
-func (b *objects) body(body store.Body, off, n int64) (io.ReadCloser, error) {
+func (b *objects) body(ctx context.Context, body store.Body, off, n int64) (io.ReadCloser, error) {
 	if n == 0 {
 		return io.NopCloser(strings.NewReader("")), nil
 	}
@@ -481,17 +482,23 @@ func (b *objects) body(body store.Body, off, n int64) (io.ReadCloser, error) {
 		return nil, b.answer(err)
 	}
 	b.busy.Add(1)
-	return &sending{r: r, b: b}, nil
+	return &sending{r: r, pace: b.paceOf(ctx), b: b}, nil
 }
 
 // sending is a body on its way to a client.
 type sending struct {
 	r    io.ReadCloser
+	pace *pace // nil is any
 	b    *objects
 	once sync.Once
 }
 
 func (s *sending) Read(p []byte) (int, error) {
+	if s.pace != nil { // what was read before has been taken
+		if err := s.pace.conn.SetWriteDeadline(time.Now().Add(s.pace.patience)); err != nil {
+			return 0, err
+		}
+	}
 	n, err := s.r.Read(p)
 	s.failed(err)
 	return n, err
@@ -499,6 +506,9 @@ func (s *sending) Read(p []byte) (int, error) {
 
 // WriteTo implements io.WriterTo: a store's reader writes what it has where it lies.
 func (s *sending) WriteTo(w io.Writer) (int64, error) {
+	if s.pace != nil {
+		w = paced{w, s.pace}
+	}
 	n, err := io.Copy(w, s.r)
 	s.failed(err)
 	return n, err
@@ -734,7 +744,7 @@ func (b *objects) CopyObject(_ context.Context, in s3response.CopyObjectInput) (
 	if algorithm == "" {
 		algorithm = crc64
 	}
-	r, err := b.body(s.object.body, 0, s.object.size)
+	r, err := b.body(context.Background(), s.object.body, 0, s.object.size)
 	if err != nil {
 		return out, err
 	}

@@ -42,9 +42,11 @@ type Config struct {
 	Admin func(*Admin)
 	// Expire ends uploads that were not completed; 0 means 7 days.
 	Expire time.Duration
-	Region string       // "" means us-east-1
-	Ready  func()       // is called when the server listens; nil is nothing
-	Log    *slog.Logger // nil discards
+	// Patience is how long the server waits for a client that should send or take something; 0 means a minute.
+	Patience time.Duration
+	Region   string       // "" means us-east-1
+	Ready    func()       // is called when the server listens; nil is nothing
+	Log      *slog.Logger // nil discards
 }
 
 const (
@@ -57,6 +59,7 @@ const (
 func Run(ctx context.Context, cfg Config) error {
 	cfg.Expire = cmp.Or(cfg.Expire, 7*24*time.Hour)
 	b := newBackend(cfg.Store, cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)))
+	b.patience = cmp.Or(cfg.Patience, time.Minute)
 	u, err := newUsers(b, auth.Account{Access: cfg.Access, Secret: cfg.Secret, Role: auth.RoleAdmin}, cfg.Seal)
 	if err != nil {
 		return fmt.Errorf("serve s3: %w", err)
@@ -71,11 +74,21 @@ func Run(ctx context.Context, cfg Config) error {
 	defer wg.Wait()
 	defer stop()
 	wg.Go(func() { b.runExpiry(ctx, cfg.Expire) })
-	var options []s3api.Option
-	if cfg.Ready != nil {
-		options = append(options, s3api.WithOnListen(cfg.Ready))
+	served := make(chan error, 2)
+	var server *s3api.S3ApiServer
+	options := []s3api.Option{
+		func(s *s3api.S3ApiServer) { server = s },
+		s3api.WithOnListen(func() {
+			if err := limitTimes(server, b.patience); err != nil {
+				served <- err
+				return
+			}
+			if cfg.Ready != nil {
+				cfg.Ready()
+			}
+		}),
+		s3api.WithMiddleware("/", mendTrailers),
 	}
-	served := make(chan error, 1)
 	serve := func() error {
 		return embedgw.RunVersityGW(ctx, b, &embedgw.Config{
 			RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
@@ -120,8 +133,9 @@ type objects struct {
 	log                        *slog.Logger
 	etags                      *etags
 	now                        func() time.Time
-	said                       sync.Map     // errors that were logged, by text
-	busy                       atomic.Int64 // steps of requests, and bodies that are sent
+	patience                   time.Duration // 0 is for ever
+	said                       sync.Map      // errors that were logged, by text
+	busy                       atomic.Int64  // steps of requests, and bodies that are sent
 
 	buckets struct {
 		sync.RWMutex
@@ -193,6 +207,9 @@ func (b *objects) once(what string, err error) {
 	b.said.Store(what, b.now())
 	b.log.Warn(what, "error", err)
 }
+
+// errSlow is what a client gets that does not send what it said it would.
+var errSlow = s3err.APIError{Code: "RequestTimeout", HTTPStatusCode: http.StatusBadRequest, Description: "Your socket connection to the server was not read from or written to within the timeout period. Idle connections will be closed."}
 
 func str(p *string) string {
 	if p == nil {

@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestServeModel is no test: the servers that clients are played on start it, since versitygw serves once a process.
@@ -17,7 +18,8 @@ func TestServeModel(t *testing.T) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	err := Run(ctx, Config{Store: newModel(), Listen: listen, Access: os.Getenv("HOLDFAST_TEST_S3_ACCESS"), Secret: os.Getenv("HOLDFAST_TEST_S3_SECRET"), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	patience, _ := time.ParseDuration(os.Getenv("HOLDFAST_TEST_S3_PATIENCE"))
+	err := Run(ctx, Config{Patience: patience, Store: newModel(), Listen: listen, Access: os.Getenv("HOLDFAST_TEST_S3_ACCESS"), Secret: os.Getenv("HOLDFAST_TEST_S3_SECRET"), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -134,7 +134,7 @@ func (b *objects) early(bucket, name, id string) (o *object, err error) {
 	return o, err
 }
 
-func (b *objects) UploadPart(_ context.Context, in *s3.UploadPartInput) (*s3.UploadPartOutput, error) {
+func (b *objects) UploadPart(ctx context.Context, in *s3.UploadPartInput) (*s3.UploadPartOutput, error) {
 	given := sums{in.ChecksumCRC32, in.ChecksumCRC32C, in.ChecksumCRC64NVME, in.ChecksumSHA1, in.ChecksumSHA256, in.ChecksumSHA512, in.ChecksumMD5, in.ChecksumXXHASH64, in.ChecksumXXHASH3, in.ChecksumXXHASH128}
 	bucket, name, id := *in.Bucket, str(in.Key), str(in.UploadId)
 	o, err := b.early(bucket, name, id)
@@ -166,6 +166,7 @@ func (b *objects) UploadPart(_ context.Context, in *s3.UploadPartInput) (*s3.Upl
 		return nil, b.answer(err)
 	}
 	defer src.close()
+	src.pace = b.paceOf(ctx)
 	p := &part{}
 	if p.body, err = b.write(o.class, src, size, true); err != nil {
 		return nil, err
@@ -208,7 +209,7 @@ func (b *objects) UploadPartCopy(_ context.Context, in *s3.UploadPartCopyInput) 
 	if n > maxCopy {
 		return out, s3err.GetCopySourceObjectTooLargeErr(maxCopy)
 	}
-	r, err := b.body(s.object.body, off, n)
+	r, err := b.body(context.Background(), s.object.body, off, n)
 	if err != nil {
 		return out, err
 	}
