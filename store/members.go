@@ -200,6 +200,23 @@ func (s *Store) enqueueAll(ctx context.Context, m *member) error {
 	}
 }
 
+// Held is how many segments have a shard at a location, and what the location is for.
+func (s *Store) Held(ctx context.Context, id disperse.Place) (n int, st State, err error) {
+	m, err := s.memberOf(id)
+	if err != nil {
+		return 0, 0, err
+	}
+	err = s.view(ctx, func(v *view) error {
+		return s.eachRecord(v, func(key []byte, _ uint64, r *record) error {
+			if key[1] != tableGarbage && slices.Contains(r.Members, m.index) {
+				n++
+			}
+			return nil
+		})
+	})
+	return n, State(m.state.Load()), err
+}
+
 // Remove lets go of a location that has been drained. It is refused as long as a segment has a shard there, and until the
 // newest snapshot names it no more.
 func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
@@ -217,22 +234,9 @@ func (s *Store) Remove(ctx context.Context, id disperse.Place) error {
 	if State(m.state.Load()) == Active {
 		return fmt.Errorf("remove location %v: drain it first: %w", id, ErrNeeded)
 	}
-	count := func() (n int, err error) {
-		err = s.view(ctx, func(v *view) error {
-			return s.eachRecord(v, func(key []byte, _ uint64, r *record) error {
-				for _, i := range r.Members {
-					if i == m.index && key[1] != tableGarbage {
-						n++
-					}
-				}
-				return nil
-			})
-		})
-		return n, err
-	}
 	// Two snapshots: the first one's blocks replace those that heads name.
 	for range 2 {
-		n, err := count()
+		n, _, err := s.Held(ctx, id)
 		if err != nil {
 			return fmt.Errorf("remove location %v: %w", id, err)
 		}

@@ -10,21 +10,29 @@ import (
 	"holdfast/disperse"
 )
 
+// Follow says whether keys are those of the same store at the same epoch or a later one, with all that the earlier ones open.
+func (k *Keys) Follow(earlier *Keys) error {
+	switch {
+	case !hmac.Equal(k.identity(), earlier.identity()) || k.shards != earlier.shards || k.tls != earlier.tls:
+		return ErrKeys
+	case k.Epoch < earlier.Epoch:
+		return fmt.Errorf("they are of epoch %d, the store has those of %d: %w", k.Epoch, earlier.Epoch, ErrKeys)
+	}
+	for e, key := range earlier.stores {
+		if k.stores[e] != key {
+			return fmt.Errorf("they lack that of epoch %d: %w", e, ErrKeys)
+		}
+	}
+	return nil
+}
+
 // Rotate has new segments be sealed under the key of a later epoch. The caller has made the keys durable: what comes next
 // cannot be read without them. Rewrap then takes what is there over.
 func (s *Store) Rotate(keys *Keys) error {
 	for {
 		now := s.ring.Load()
-		switch {
-		case !hmac.Equal(keys.identity(), now.identity()) || keys.shards != now.shards || keys.tls != now.tls:
-			return fmt.Errorf("rotate keys: %w", ErrKeys)
-		case keys.Epoch < now.Epoch:
-			return fmt.Errorf("rotate keys: the store has those of epoch %d, these are of %d: %w", now.Epoch, keys.Epoch, ErrKeys)
-		}
-		for e, k := range now.stores {
-			if keys.stores[e] != k {
-				return fmt.Errorf("rotate keys: these lack that of epoch %d: %w", e, ErrKeys)
-			}
+		if err := keys.Follow(now); err != nil {
+			return fmt.Errorf("rotate keys: %w", err)
 		}
 		if s.ring.CompareAndSwap(now, keys) {
 			return nil

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"holdfast/store"
+	"holdfast/store/control"
 	"holdfast/store/location"
 
 	"github.com/spf13/cobra"
@@ -142,7 +143,7 @@ func (a *app) runLocation(ctx context.Context, out io.Writer, cfg *locationConfi
 	at := struct {
 		URL string `json:"url"`
 		Pin string `json:"pin"`
-	}{fmt.Sprintf("%s://%s/%v", locationScheme, l.Addr(), pin), pin.String()}
+	}{control.Place{Addr: l.Addr().String(), Pin: pin}.URL(), pin.String()}
 	if a.json {
 		err = printJSON(out, at)
 	} else {
@@ -230,10 +231,10 @@ func (a *app) locationStatusCmd() *cobra.Command {
 			if dir == "" {
 				return wrong(cmd, errors.New("--dir is missing"))
 			}
-			var places []place
+			var places []control.Place
 			for _, u := range urls {
 				// The farm of those that are pasted is of no interest here, and what it is called neither.
-				p, err := parsePlace(strings.SplitN(u, ",", 2)[0] + ",farm=any")
+				p, err := control.ParseURL(strings.SplitN(u, ",", 2)[0])
 				if err != nil {
 					return wrong(cmd, fmt.Errorf("%s: %w", u, err))
 				}
@@ -250,7 +251,7 @@ func (a *app) locationStatusCmd() *cobra.Command {
 			var all []locationSeen
 			for i, p := range places {
 				seen := locationSeen{URL: urls[i]}
-				c, err := location.NewClient(location.ClientConfig{Addr: p.addr, Pin: p.pin, Certificate: cert})
+				c, err := location.NewClient(location.ClientConfig{Addr: p.Addr, Pin: p.Pin, Certificate: cert})
 				if err != nil {
 					return err
 				}

@@ -17,10 +17,8 @@ import (
 	"io/fs"
 	"math/big"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -32,7 +30,7 @@ import (
 	"holdfast/ca"
 	"holdfast/disperse"
 	"holdfast/store"
-	"holdfast/store/location"
+	"holdfast/store/control"
 	"holdfast/store/s3"
 )
 
@@ -56,7 +54,7 @@ func (a *app) s3Cmd() *cobra.Command {
 	var o s3Options
 	cmd := &cobra.Command{
 		Use: "s3", Short: "Serve a dispersed store as S3", Args: asUsed,
-		Long: "Serves S3 from a store whose data is encrypted and dispersed over locations: any k of n shards restore it. Without\n--location they are directories under --dir, of farms f1, f2 and so on: one disk, good for trying.\n\n" +
+		Long: "Serves S3 from a store whose data is encrypted and dispersed over locations: any k of n shards restore it. Without\n--location they are directories under --dir, of farms f1, f2 and so on: one disk, good for trying. --dir keeps the list of\nthe locations from the first start on, and holdfast location changes it while the store runs.\n\n" +
 			"The first start makes the store's root key and shows its recovery phrase, 24 words, once: it alone restores the store when\n--dir is lost. The account that may do everything is in HOLDFAST_S3_ACCESS_KEY and HOLDFAST_S3_SECRET_KEY, or made and shown\nonce. On an address that is not loopback it speaks TLS under a CA of its own, in --dir/ca.",
 		Example: "  holdfast run s3 --dir store --listen 127.0.0.1:9000 --scheme 4/6\n  holdfast run s3 --dir store --listen 127.0.0.1:9000 --phrase-file /secure/phrase\n  holdfast run s3 --dir store --listen :9000 --host s3.example --scheme 2/3 \\\n    --location holdfast-location://a.example:7000/PIN,farm=anna --location …",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -74,7 +72,7 @@ func (a *app) s3Cmd() *cobra.Command {
 	f.StringVar(&o.listen, "listen", "127.0.0.1:9000", "`address` to serve S3 on")
 	f.StringVar(&o.scheme, "scheme", "4/6", "`k/n` of class STANDARD: any k of n shards restore an object")
 	f.StringArrayVar(&o.classes, "class", nil, "another storage class, `NAME=k/n`")
-	f.StringArrayVar(&o.locations, "location", nil, "`URL,farm=NAME` of a location, as run location prints it; once for each")
+	f.StringArrayVar(&o.locations, "location", nil, "`URL,farm=NAME` of a location, as run location prints it, or DIRECTORY,farm=NAME; once for each")
 	f.StringVar(&o.phrase, "phrase-file", "", "`file` of the recovery phrase: read if it is there, written at the first start if not")
 	f.BoolVar(&o.restore, "restore", false, "take over the store that the locations keep: needs its phrase")
 	f.BoolVar(&o.acceptLoss, "accept-loss", false, "with --restore, start where the last writes may be lost")
@@ -96,11 +94,9 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 			return wrong(cmd, fmt.Errorf("--class %s: %w", c, cmp.Or(err, errors.New("it has no name"))))
 		}
 	}
-	places := make([]place, len(o.locations))
-	for i, l := range o.locations {
-		if places[i], err = parsePlace(l); err != nil {
-			return wrong(cmd, fmt.Errorf("--location %s: %w", l, err))
-		}
+	places, err := parsePlaces(o.locations)
+	if err != nil {
+		return wrong(cmd, err)
 	}
 	host, _, err := net.SplitHostPort(o.listen)
 	if err != nil {
@@ -109,14 +105,11 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return err
 	}
-	lock, err := os.OpenFile(filepath.Join(o.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := lockDir(o.dir)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("%s is in use by another process: %w", o.dir, err)
-	}
 	keys, err := storeKeys(cmd, o)
 	if err != nil {
 		return err
@@ -125,18 +118,22 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 	if err != nil {
 		return err
 	}
-	members, run, shut, err := members(o.dir, scheme, places, keys)
+	members, err := control.OpenMembers(control.MembersConfig{Dir: o.dir, Keys: keys, Log: logger()}, places, directories(scheme.N))
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, shut()) }()
+	defer func() { err = errors.Join(err, members.Close()) }()
 	st, err := store.Open(ctx, store.Config{
-		Dir: filepath.Join(o.dir, s3Front), Keys: keys, Members: members, Scheme: scheme, Classes: classes, Restore: o.restore, AcceptLoss: o.acceptLoss, DegradedWrites: o.degraded, Log: logger(),
+		Dir: filepath.Join(o.dir, s3Front), Keys: keys, Members: members.All(), Scheme: scheme, Classes: classes, Restore: o.restore, AcceptLoss: o.acceptLoss, DegradedWrites: o.degraded, Log: logger(),
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	// The list is that of locations which have been a store's together.
+	if err := members.Save(); err != nil {
+		return err
+	}
 	seed := keys.TLS()
 	seal, err := hkdf.Key(sha256.New, seed[:], nil, "holdfast store s3 users", 32)
 	if err != nil {
@@ -167,8 +164,21 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 		w.Secret = secret
 	}
 	cfg.Ready = func() { a.welcomeS3(cmd.OutOrStdout(), w) }
+	socket, err := control.Listen(o.dir, func(uid uint32) { logger().Warn("control: another user was refused", "uid", uid) })
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	cfg.Admin = func(admin *s3.Admin) {
+		eg.Go(func() error {
+			return control.Serve(ctx, control.Config{
+				Listener: socket, Store: st, Members: members, Admin: admin, Scheme: scheme, Classes: classes, Log: logger(),
+				Keys: func() (*store.Keys, error) { return store.LoadKeys(filepath.Join(o.dir, s3Keys)) },
+			})
+		})
+	}
 	eg.Go(func() error { return ended(ctx, st.Run(ctx)) })
-	eg.Go(func() error { return ended(ctx, run(ctx)) })
+	eg.Go(func() error { return ended(ctx, members.Run(ctx)) })
 	eg.Go(func() error {
 		if err := s3.Run(ctx, cfg); err != nil {
 			return err
@@ -346,88 +356,42 @@ func writePrivate(file string, b []byte) error {
 	return errors.Join(os.Rename(tmp.Name(), file), store.SyncDir(filepath.Dir(file)))
 }
 
-// place is a location elsewhere.
-type place struct {
-	addr string
-	pin  location.Pin
-	farm string
-}
-
-const locationScheme = "holdfast-location"
-
-// parsePlace reads holdfast-location://HOST:PORT/PIN,farm=NAME.
-func parsePlace(s string) (p place, err error) {
-	text, options, _ := strings.Cut(s, ",")
-	u, err := url.Parse(text)
-	if err != nil {
-		return p, err
-	}
-	if u.Scheme != locationScheme || u.Port() == "" {
-		return p, fmt.Errorf("it is not %s://HOST:PORT/PIN,farm=NAME", locationScheme)
-	}
-	if p.pin, err = location.ParsePin(strings.TrimPrefix(u.Path, "/")); err != nil {
-		return p, err
-	}
-	p.addr = u.Host
-	for o := range strings.SplitSeq(options, ",") {
-		key, value, _ := strings.Cut(o, "=")
-		if key != "farm" || value == "" {
-			return p, fmt.Errorf("farm=NAME is missing: a segment has one shard a farm")
-		}
-		p.farm = value
-	}
-	return p, nil
-}
-
-// members are a store's locations: those elsewhere, or directories here. run sees to the directories.
-func members(dir string, scheme disperse.Scheme, places []place, keys *store.Keys) (all []store.Member, run func(context.Context) error, shut func() error, err error) {
-	var dirs []*location.Dir
-	var closers []io.Closer
-	shut = func() (err error) {
-		for _, c := range slices.Backward(closers) {
-			err = errors.Join(err, c.Close())
-		}
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, shut())
-		}
-	}()
-	run = func(ctx context.Context) error {
-		eg, ctx := errgroup.WithContext(ctx)
-		for _, d := range dirs {
-			eg.Go(func() error { return d.Run(ctx) })
-		}
-		return eg.Wait()
-	}
-	// Who restores knows the locations only: what names them to the store comes from what they are.
-	if len(places) > 0 {
-		cert, err := location.Certificate(keys.TLS())
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		for _, p := range places {
-			c, err := location.NewClient(location.ClientConfig{Addr: p.addr, Pin: p.pin, Certificate: cert})
-			if err != nil {
-				return nil, nil, nil, err
-			}
-			closers = append(closers, c)
-			all = append(all, store.Member{ID: disperse.Place(p.pin[:16]), Farm: p.farm, Location: c})
-		}
-		return all, run, shut, nil
-	}
-	for i := range scheme.N {
+// directories are the locations of a store that has no others: one disk, a farm each.
+func directories(n int) (all []control.Place) {
+	for i := range n {
 		farm := fmt.Sprintf("f%d", i+1)
-		d, err := location.Open(location.Config{Path: filepath.Join(dir, s3Locations, farm), Trusted: true, Log: logger()})
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		dirs, closers = append(dirs, d), append(closers, d)
-		id := sha256.Sum256([]byte("holdfast location " + farm))
-		all = append(all, store.Member{ID: disperse.Place(id[:16]), Farm: farm, Location: d.As(location.Read | location.Write | location.Delete)})
+		all = append(all, control.Place{Path: filepath.Join(s3Locations, farm), Farm: farm})
 	}
-	return all, run, shut, nil
+	return all
+}
+
+// parsePlaces reads the values of --location. Directories are as they are seen from here.
+func parsePlaces(all []string) ([]control.Place, error) {
+	places := make([]control.Place, len(all))
+	for i, l := range all {
+		p, err := control.ParsePlace(l)
+		if err == nil && p.Path != "" {
+			p.Path, err = filepath.Abs(p.Path)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("--location %s: %w", l, err)
+		}
+		places[i] = p
+	}
+	return places, nil
+}
+
+// lockDir has a store's directory be used by one process.
+func lockDir(dir string) (io.Closer, error) {
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("%s is in use by another process: %w", dir, err)
+	}
+	return lock, nil
 }
 
 // certificate is the server's own, under a CA that speaks for its name alone.
