@@ -65,6 +65,8 @@ type memory struct {
 	free    int
 	waiting []*claim
 	moved   time.Time // when some was given back
+	size    int
+	last    func() time.Time // when something happened that will have some given back; nil: nobody knows
 }
 
 type claim struct {
@@ -72,7 +74,23 @@ type claim struct {
 	done chan struct{}
 }
 
-func (m *memory) init(n int) { m.free = n }
+func (m *memory) init(n int, last func() time.Time) { m.free, m.size, m.last = n, n, last }
+
+// progress is when something last happened that those who wait wait for: the zero time if nothing is held.
+func (m *memory) progress() (t time.Time) {
+	m.mu.Lock()
+	if m.free < m.size {
+		t = m.moved
+	}
+	m.mu.Unlock()
+	if t.IsZero() || m.last == nil {
+		return t
+	}
+	if l := m.last(); l.After(t) {
+		return l
+	}
+	return t
+}
 
 // try takes n bytes if they are there and nobody waits.
 func (m *memory) try(n int) bool {
@@ -80,6 +98,9 @@ func (m *memory) try(n int) bool {
 	defer m.mu.Unlock()
 	if len(m.waiting) > 0 || m.free < n {
 		return false
+	}
+	if m.free == m.size {
+		m.moved = time.Now()
 	}
 	m.free -= n
 	return true
@@ -105,9 +126,7 @@ func (m *memory) take(ctx context.Context, n int, most time.Duration) error {
 		case <-ctx.Done():
 			waits = false
 		case <-t.C:
-			m.mu.Lock()
-			still := time.Since(m.moved)
-			m.mu.Unlock()
+			still := time.Since(m.progress())
 			if waits = still < most; waits {
 				t.Reset(most - still)
 			}

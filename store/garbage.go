@@ -82,6 +82,10 @@ func (s *Store) Collect(ctx context.Context) error {
 				}
 				if at, ok := parseSpot(p.value); ok {
 					t.release(at)
+				} else if _, ok, err := t.get(idKey(tableHad, p.id)); err != nil {
+					return err
+				} else if ok {
+					t.delete(idKey(tableHad, p.id))
 				}
 				t.delete(key)
 			}

@@ -350,12 +350,7 @@ func (s *Store) update(ctx context.Context, f func(*tx) error) error {
 func (s *Store) moves(t *time.Timer) bool {
 	last := s.moved.Load()
 	if !s.insisting.Load() {
-		alive := make([]int64, len(s.all))
-		for i, m := range s.all {
-			alive[i] = m.alive.Load()
-		}
-		slices.Sort(alive)
-		last = max(last, alive[len(alive)-min(quorum(s.scheme), len(alive))])
+		last = max(last, s.alive().UnixNano())
 	}
 	left := s.cfg.Timeout - time.Duration(time.Now().UnixNano()-last)
 	if left <= 0 {

@@ -47,6 +47,9 @@ func TestALostLocationIsReplacedWhileTheStoreRuns(t *testing.T) {
 	if err := s.Drain(ctx, lost); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.Snapshot(ctx); err != nil {
+		t.Fatal(err)
+	}
 	for i := range 4 {
 		if err := set(ctx, s, "x", fmt.Sprint(i)); err != nil {
 			t.Fatal(err)

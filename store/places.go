@@ -149,6 +149,17 @@ func (m *member) read(err error, took time.Duration, n int) {
 	m.gets.Store((m.gets.Load()*7 + each) / 8)
 }
 
+// alive is when a quorum of the members last did something, all of it.
+func (s *Store) alive() time.Time {
+	all := s.used()
+	at := make([]int64, len(all))
+	for i, m := range all {
+		at[i] = m.alive.Load()
+	}
+	slices.Sort(at)
+	return time.Unix(0, at[len(at)-min(quorum(s.scheme), len(at))])
+}
+
 // stalled is the time since when nothing came from any of the members, or since a begin if that is later.
 func stalled(begin time.Time, members func(func(*member))) time.Duration {
 	last := begin.UnixNano()
@@ -278,11 +289,11 @@ func (s *Store) openPlaces() error {
 			return err
 		}
 	}
-	s.writing.init(writeMemory)
-	s.putting.init(flyingMemory)
-	s.reading.init(readMemory)
-	s.fetching.init(fetchMemory)
-	s.late.init(lateMemory)
+	s.putting.init(flyingMemory, s.alive)
+	s.writing.init(writeMemory, s.putting.progress)
+	s.fetching.init(fetchMemory, s.alive)
+	s.reading.init(readMemory, s.fetching.progress)
+	s.late.init(lateMemory, nil)
 	s.upkeep.init()
 	return nil
 }
@@ -487,12 +498,66 @@ func (s *Store) choose(c disperse.Scheme, block bool) (chosen, spares []*member,
 	return chosen, spares, nil
 }
 
-// fits says whether a segment's shard i can go to m: m has none, and its farm not as many as it may have.
+const tableHad = 'h' // ID: holdings, of a segment whose shards have moved
+
+// A holding is a shard that a member was sent, and may keep, whatever it says: it gets no other one of that segment, or fewer
+// than k places would have k shards in time.
+type holding struct {
+	shard  uint8
+	member uint16
+}
+
+func appendHoldings(b []byte, all []holding) []byte {
+	for _, h := range all {
+		b = binary.BigEndian.AppendUint16(append(b, h.shard), h.member)
+	}
+	return b
+}
+
+func parseHoldings(b []byte) (all []holding, err error) {
+	if len(b)%3 != 0 {
+		return nil, fmt.Errorf("holdings: %w", errRow)
+	}
+	for ; len(b) > 0; b = b[3:] {
+		all = append(all, holding{b[0], binary.BigEndian.Uint16(b[1:])})
+	}
+	return all, nil
+}
+
+// addHoldings is a row with more holdings in it, each once.
+func addHoldings(t *tx, id disperse.ID, more []holding) error {
+	key := idKey(tableHad, id)
+	b, _, err := t.get(key)
+	if err != nil {
+		return err
+	}
+	all, err := parseHoldings(b)
+	if err != nil {
+		return err
+	}
+	was := len(all)
+	for _, h := range more {
+		if !slices.Contains(all, h) {
+			all = append(all, h)
+		}
+	}
+	if len(all) > was {
+		t.set(key, appendHoldings(nil, all))
+	}
+	return nil
+}
+
+// fits says whether a segment's shard i can go to m: m has none, had no other, and its farm not as many as it may have.
 func (s *Store) fits(r *record, i int, m *member) bool {
 	farms, there := map[string]int{}, 0
 	for _, x := range s.members() {
 		if State(x.state.Load()) == Active {
 			farms[x.Farm]++
+		}
+	}
+	for _, h := range r.had {
+		if h.member == m.index && int(h.shard) != i {
+			return false
 		}
 	}
 	for j, x := range r.Members {
@@ -509,6 +574,11 @@ func (s *Store) fits(r *record, i int, m *member) bool {
 // kept is called in the change that makes a segment part of the store.
 func (s *Store) kept(t *tx, id disperse.ID, r *record) {
 	s.noteMembers(t)
+	if len(r.had) > 0 {
+		if err := addHoldings(t, id, r.had); err != nil {
+			t.fail(err)
+		}
+	}
 	if d := r.left(); d < r.Scheme.N {
 		t.set(queueKey(d-r.Scheme.K, id), queueRow{}.append(nil))
 		s.wakeRepair()

@@ -265,17 +265,16 @@ func (s *Store) enqueueNoticed(ctx context.Context) error {
 
 // A repairCase is one entry of the queue, and what comes of it.
 type repairCase struct {
-	key   []byte // of the queue
-	id    disperse.ID
-	row   queueRow
-	at    []byte // key of the record
-	was   []byte // what was there
-	made  *record
-	old   []landing // shards that are elsewhere now
-	moved bool      // some have other names
-	done  bool      // the entry goes
-	did   Repaired
-	err   error
+	key  []byte // of the queue
+	id   disperse.ID
+	row  queueRow
+	at   []byte // key of the record
+	was  []byte // what was there
+	made *record
+	old  []landing // shards that are elsewhere now
+	done bool      // the entry goes
+	did  Repaired
+	err  error
 }
 
 func (c *repairCase) value(r *record) []byte {
@@ -291,7 +290,6 @@ func (s *Store) settle(ctx context.Context, cases []repairCase) error {
 	if !change {
 		return nil
 	}
-	moved := false
 	err := s.update(ctx, func(t *tx) error {
 		s.noteMembers(t)
 		// One that was dropped, or that somebody else has changed, is looked at again. What was made is for the sweep to find.
@@ -318,7 +316,6 @@ func (s *Store) settle(ctx context.Context, cases []repairCase) error {
 				continue
 			}
 			t.set(c.at, c.value(c.made))
-			moved = moved || c.moved
 			if !c.done {
 				t.set(queueKey(c.made.left()-c.made.Scheme.K, c.id), c.row.append(nil))
 			}
@@ -334,9 +331,6 @@ func (s *Store) settle(ctx context.Context, cases []repairCase) error {
 				s.remove(ctx, o.by, o.name)
 			}
 		}
-	}
-	if moved {
-		s.wantSnapshot() // heads and blocks know these segments as they were
 	}
 	return nil
 }
@@ -367,7 +361,10 @@ func (s *Store) lookUp(c *repairCase) (*record, error) {
 	if err != nil || r.ID != c.id {
 		return nil, err
 	}
-	return &r, nil
+	if b, _, err = v.get(idKey(tableHad, c.id)); err == nil {
+		r.had, err = parseHoldings(b)
+	}
+	return &r, err
 }
 
 // seen is what is known of a shard.
@@ -417,13 +414,23 @@ func (s *Store) repairOne(ctx context.Context, c *repairCase) error {
 			now.setDurable(i, st == good)
 		}
 	}
-	jobs := s.plan(r, members, states, d, s.movable(c.row.block))
+	movable, err := s.movable(c)
+	if err != nil {
+		return err
+	}
+	jobs, held := s.plan(r, members, states, d, movable)
+	if held {
+		s.wantSnapshot()
+	}
 	if len(jobs) > 0 && d < r.Scheme.K {
 		c.did.Lost++
 		s.log.Error("a segment has too few shards", "segment", r.ID, "shards", d, "needed", r.Scheme.K)
 		jobs = nil
 	}
 	if len(jobs) > 0 {
+		err = s.noteMoves(ctx, c, r, jobs)
+	}
+	if len(jobs) > 0 && err == nil {
 		err = s.rebuild(ctx, coder, r, &now, c, members, states, jobs)
 	}
 	whole := now.left() == r.Scheme.N
@@ -448,24 +455,51 @@ func (s *Store) worth(r *record, members []*member) bool {
 	after := s.cfg.Upkeep.defaults().RepairAfter
 	for i, m := range members {
 		moves := State(m.state.Load()) != Active || m.Location == nil || m.downFor() > after || m.suspect.Load()
-		if (moves || !r.durable(i)) && (m.usable() || moves && s.target(r, i, nil) != nil) {
+		if (moves || !r.durable(i)) && (m.usable() || moves && s.target(r, i) != nil) {
 			return true
 		}
 	}
 	return r.left() == r.Scheme.N
 }
 
-// movable says whether a block's shards may change places: those of the last blocks are named by heads.
-func (s *Store) movable(block uint64) bool {
-	if block == 0 {
-		return true
-	}
-	if s.enter() != nil {
-		return false
+// movable says whether a segment's shards may change places. Heads and blocks name the blocks since the snapshot, and the
+// snapshot, as they were: who restores the store finds them nowhere else. So a snapshot comes first.
+func (s *Store) movable(c *repairCase) (bool, error) {
+	if err := s.enter(); err != nil {
+		return false, err
 	}
 	defer s.leave()
+	v := view{r: s.db}
+	b, ok, err := v.get(ownKey(tableSnapshot))
+	if err != nil || !ok {
+		return c.row.block == 0, err
+	}
+	snap, err := parseSnapshotRow(b)
+	if err != nil || c.row.block == 0 {
+		return !slices.Contains(snap.segments, c.id), err
+	}
 	last, err := readApplied(s.db)
-	return err == nil && last != nil && block+2 < last.sequence
+	return last != nil && c.row.block <= snap.sequence && c.row.block+2 < last.sequence, err
+}
+
+// noteMoves makes durable who will have been sent which shard, before it is.
+func (s *Store) noteMoves(ctx context.Context, c *repairCase, r *record, jobs []job) error {
+	var more []holding
+	for _, j := range jobs {
+		if j.moves {
+			more = append(more, holding{uint8(j.shard), r.Members[j.shard]}, holding{uint8(j.shard), j.to.index})
+		}
+	}
+	if len(more) == 0 {
+		return nil
+	}
+	return s.update(ctx, func(t *tx) error {
+		s.noteMembers(t)
+		if _, ok, err := t.get(c.at); err != nil || !ok {
+			return err // it was dropped
+		}
+		return addHoldings(t, c.id, more)
+	})
 }
 
 // look asks where shards should be whether they are.
@@ -523,8 +557,9 @@ type job struct {
 }
 
 // plan decides what is made where. What is gone is made again where it was, if that place is good for new shards; what is
-// at a place that ends, lies or has been silent for long goes to a spare one, at once if one more loss would be the end.
-func (s *Store) plan(r *record, members []*member, states []seen, d int, movable bool) (jobs []job) {
+// at a place that ends, lies or has been silent for long goes to a spare one, at once if one more loss would be the end. held
+// says that something would, if it could be moved.
+func (s *Store) plan(r *record, members []*member, states []seen, d int, movable bool) (jobs []job, held bool) {
 	after := s.cfg.Upkeep.defaults().RepairAfter
 	next := *r
 	next.Members = slices.Clone(r.Members)
@@ -541,22 +576,24 @@ func (s *Store) plan(r *record, members []*member, states []seen, d int, movable
 		case noAnswer:
 			move = move || m.downFor() > after || d <= r.Scheme.K && m.downFor() > 0
 		}
-		if move && movable {
-			if to := s.target(&next, i, jobs); to != nil {
+		if move {
+			if to := s.target(&next, i); to != nil && movable {
 				next.Members[i] = to.index
 				jobs = append(jobs, job{i, to, true})
 				continue
+			} else if to != nil {
+				held = true
 			}
 		}
 		if here && m.usable() {
 			jobs = append(jobs, job{i, m, false})
 		}
 	}
-	return jobs
+	return jobs, held
 }
 
 // target is a member that a segment's shard i can go to, nil if there is none.
-func (s *Store) target(r *record, i int, _ []job) *member {
+func (s *Store) target(r *record, i int) *member {
 	all := s.members()
 	turn := int(s.turn.Add(1))
 	for j := range all {
@@ -662,7 +699,6 @@ func (s *Store) rebuild(ctx context.Context, coder *disperse.Coder, r, now *reco
 		if j.moves && states[i] != missing {
 			c.old = append(c.old, landing{shard: i, name: r.Names[i], by: members[i]})
 		}
-		c.moved = c.moved || names[i] != r.Names[i]
 		now.Members[i], now.Names[i] = j.to.index, names[i]
 		now.setDurable(i, true)
 		c.did.Shards++

@@ -28,6 +28,8 @@ type record struct {
 	Late    [disperse.MaxN / 8]byte // bits of shards that were not durable when put returned
 	Members []uint16                // who has a shard, by the store's index of members
 	Names   []disperse.Name
+
+	had []holding // who was sent a shard once; a row of its own
 }
 
 func (r *record) id() disperse.ID          { return r.ID }
@@ -255,6 +257,17 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 	if s.cfg.DegradedWrites {
 		least = c.K
 	}
+	// Those that did not answer may do so again.
+	ask := func() {
+		if durable+running < least {
+			for _, i := range unsent {
+				f.send(i, r.Names[i], e.Shards[i], chosen[i])
+				running++
+			}
+			unsent = nil
+		}
+	}
+	ask()
 	// spare sends a shard elsewhere; it is another one then, since a shard says whose it is.
 	spare := func(i int) {
 		for h == nil && len(spares) > 0 {
@@ -269,6 +282,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 			if err != nil {
 				continue
 			}
+			r.had = append(r.had, holding{uint8(i), r.Members[i]}, holding{uint8(i), m.index})
 			r.Members[i], r.Names[i] = m.index, n
 			f.send(i, n, b, m)
 			running++
@@ -291,13 +305,7 @@ func (s *Store) putAs(ctx context.Context, coder *disperse.Coder, id disperse.ID
 				if r.Members[l.shard] == l.by.index {
 					spare(l.shard)
 				}
-				if durable+running < least { // those that did not answer may do so again
-					for _, i := range unsent {
-						f.send(i, r.Names[i], e.Shards[i], chosen[i])
-						running++
-					}
-					unsent = nil
-				}
+				ask()
 			case r.durable(l.shard):
 				waste = append(waste, l)
 			default:

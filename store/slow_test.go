@@ -71,7 +71,7 @@ func TestSlownessAloneFailsNothing(t *testing.T) {
 
 func TestMemoryIsGivenToWhoWaitsAsLongAsSomeComesBack(t *testing.T) {
 	var m memory
-	m.init(10)
+	m.init(10, nil)
 	ctx := t.Context()
 	if err := m.take(ctx, 10, time.Hour); err != nil {
 		t.Fatal(err)
@@ -148,4 +148,34 @@ func TestALateLocationHoldsLittleMemory(t *testing.T) {
 	if n := most.Load() * 6; n > lateMemory+flyingMemory*3/2+8<<20 {
 		t.Errorf("%d MiB were held for it", n>>20)
 	}
+}
+
+// What is known of the members changes while a write looks at them. It asks them all the same when it needs them.
+func TestAWriteThatFindsAllMembersLateAsksThem(t *testing.T) {
+	_, _, s := evilBed(t, 4, 6, 6, nil)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			for _, m := range s.all {
+				m.missed()
+				m.missed()
+			}
+			for _, m := range s.all {
+				m.answered(nil, 0)
+			}
+		}
+	})
+	for i := range 300 {
+		if _, err := s.Write(t.Context(), "", bytes.NewReader(noise(70_000)), 70_000); err != nil {
+			t.Fatalf("write %d: %v", i, err)
+		}
+	}
+	close(stop)
+	wg.Wait()
 }
