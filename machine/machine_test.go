@@ -2,18 +2,21 @@ package machine
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -270,19 +273,21 @@ func TestAddressByDHCP(t *testing.T) {
 		change func(*dhcpv4.DHCPv4)
 		want   *address // nil is an error
 	}{
-		"as it should be":           {nil, &good},
-		"no address":                {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4zero }, nil},
-		"a multicast address":       {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4(224, 0, 0, 1) }, nil},
-		"a loopback address":        {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4(127, 0, 0, 1) }, nil},
-		"no mask":                   {func(m *dhcpv4.DHCPv4) { delete(m.Options, uint8(dhcpv4.OptionSubnetMask)) }, nil},
-		"a mask with holes":         {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptSubnetMask(net.IPMask{255, 0, 255, 0})) }, nil},
-		"the whole world on link":   {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptSubnetMask(net.CIDRMask(0, 32))) }, nil},
-		"no router":                 {func(m *dhcpv4.DHCPv4) { delete(m.Options, uint8(dhcpv4.OptionRouter)) }, with(func(a *address) { a.router = netip.Addr{} })},
-		"a router that is off link": {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(198, 51, 100, 1))) }, with(func(a *address) { a.router = netip.Addr{} })},
-		"a router that is itself":   {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(203, 0, 113, 30))) }, with(func(a *address) { a.router = netip.Addr{} })},
-		"a lease of a second":       {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptIPAddressLeaseTime(time.Second)) }, with(func(a *address) { a.expires, a.renew = minLease, minLease/2 })},
-		"a lease of a century":      {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptIPAddressLeaseTime(100 * 365 * 24 * time.Hour)) }, with(func(a *address) { a.expires, a.renew = maxLease, maxLease/2 })},
-		"a renewal at once":         {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRenewTimeValue(0)) }, with(func(a *address) { a.renew = minLease / 2 })},
+		"as it should be":              {nil, &good},
+		"no address":                   {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4zero }, nil},
+		"a multicast address":          {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4(224, 0, 0, 1) }, nil},
+		"a loopback address":           {func(m *dhcpv4.DHCPv4) { m.YourIPAddr = net.IPv4(127, 0, 0, 1) }, nil},
+		"no mask":                      {func(m *dhcpv4.DHCPv4) { delete(m.Options, uint8(dhcpv4.OptionSubnetMask)) }, nil},
+		"a mask with holes":            {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptSubnetMask(net.IPMask{255, 0, 255, 0})) }, nil},
+		"the whole world on link":      {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptSubnetMask(net.CIDRMask(0, 32))) }, nil},
+		"no router":                    {func(m *dhcpv4.DHCPv4) { delete(m.Options, uint8(dhcpv4.OptionRouter)) }, with(func(a *address) { a.router = netip.Addr{} })},
+		"a router that is off link":    {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(198, 51, 100, 1))) }, with(func(a *address) { a.router = netip.Addr{} })},
+		"a router that is itself":      {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(203, 0, 113, 30))) }, with(func(a *address) { a.router = netip.Addr{} })},
+		"a router that is the network": {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(203, 0, 113, 16))) }, with(func(a *address) { a.router = netip.Addr{} })},
+		"a router that is everybody":   {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRouter(net.IPv4(203, 0, 113, 31))) }, with(func(a *address) { a.router = netip.Addr{} })},
+		"a lease of a second":          {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptIPAddressLeaseTime(time.Second)) }, with(func(a *address) { a.expires, a.renew = minLease, minLease/2 })},
+		"a lease of a century":         {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptIPAddressLeaseTime(100 * 365 * 24 * time.Hour)) }, with(func(a *address) { a.expires, a.renew = maxLease, maxLease/2 })},
+		"a renewal at once":            {func(m *dhcpv4.DHCPv4) { m.UpdateOption(dhcpv4.OptRenewTimeValue(0)) }, with(func(a *address) { a.renew = minLease / 2 })},
 		"many name servers": {func(m *dhcpv4.DHCPv4) {
 			m.UpdateOption(dhcpv4.OptDNS(slices.Repeat([]net.IP{net.IPv4(203, 0, 113, 17)}, 30)...))
 		}, with(func(a *address) { a.names = slices.Repeat(good.names, maxNames) })},
@@ -300,22 +305,191 @@ func TestAddressByDHCP(t *testing.T) {
 	}
 }
 
-// FuzzDHCP reads answers as they come from the farmer's LAN.
-func FuzzDHCP(f *testing.F) {
-	m, err := dhcpv4.New(dhcpv4.WithMessageType(dhcpv4.MessageTypeAck), dhcpv4.WithYourIP(net.IPv4(203, 0, 113, 30)), dhcpv4.WithNetmask(net.CIDRMask(28, 32)))
-	if err != nil {
-		f.Fatal(err)
+// cable is a raw socket whose other end answers what was asked with what it likes.
+type cable struct {
+	net.PacketConn // not there
+	packets        chan []byte
+	answer         func(question *dhcpv4.DHCPv4) []byte // a DHCP message, nil for none
+}
+
+func newCable(answer func(*dhcpv4.DHCPv4) []byte) *cable {
+	return &cable{packets: make(chan []byte, 16), answer: answer}
+}
+
+func (c *cable) Close() error { close(c.packets); return nil }
+
+func (c *cable) ReadFrom(b []byte) (int, net.Addr, error) {
+	p, ok := <-c.packets
+	if !ok {
+		return 0, nil, net.ErrClosed
 	}
-	f.Add(m.ToBytes())
+	return copy(b, p), nil, nil
+}
+
+func (c *cable) WriteTo(b []byte, _ net.Addr) (int, error) {
+	q, err := dhcpv4.FromBytes(b[28:])
+	if err != nil {
+		return 0, err
+	}
+	if dhcp := c.answer(q); dhcp != nil {
+		c.packets <- packet(dhcp)
+	}
+	return len(b), nil
+}
+
+// packet is the IP packet of a DHCP message from a server.
+func packet(dhcp []byte) []byte {
+	p := make([]byte, 28, 28+len(dhcp))
+	p[0], p[8], p[9] = 0x45, 64, unix.IPPROTO_UDP
+	binary.BigEndian.PutUint16(p[2:], uint16(28+len(dhcp)))
+	binary.BigEndian.PutUint16(p[20:], 67)
+	binary.BigEndian.PutUint16(p[22:], 68)
+	return append(p, dhcp...)
+}
+
+// client is a DHCP client at a cable.
+func (c *cable) client(t testing.TB) *nclient4.Client {
+	t.Helper()
+	x, err := nclient4.NewWithConn(nclient4.NewBroadcastUDPConn(c, &net.UDPAddr{Port: 68}), net.HardwareAddr{2, 0, 0, 0, 0, 1}, nclient4.WithTimeout(5*time.Second), nclient4.WithRetry(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return x
+}
+
+// Who answers DHCP would like the owner to read the ID of another machine on this one's console.
+func TestWhatADHCPServerSaysIsNotOnTheConsole(t *testing.T) {
+	const words = "this machine waits to be approved by its farm's owner node=node1thief"
+	nak := false
+	c := newCable(func(q *dhcpv4.DHCPv4) []byte {
+		kind := dhcpv4.MessageTypeOffer
+		if q.MessageType() == dhcpv4.MessageTypeRequest {
+			kind = dhcpv4.MessageTypeAck
+			if nak {
+				kind = dhcpv4.MessageTypeNak
+			}
+		}
+		m, err := dhcpv4.NewReplyFromRequest(q, dhcpv4.WithMessageType(kind), dhcpv4.WithOption(dhcpv4.OptMessage(words)), dhcpv4.WithServerIP(net.IPv4(203, 0, 113, 17)),
+			dhcpv4.WithYourIP(net.IPv4(203, 0, 113, 30)), dhcpv4.WithOption(dhcpv4.OptServerIdentifier(net.IPv4(203, 0, 113, 17))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m.ToBytes()
+	}).client(t)
+	defer c.Close()
+	lease, err := ask(t.Context(), c, nil)
+	if err != nil {
+		t.Fatalf("control: %v", err)
+	}
+	nak = true
+	for name, had := range map[string]*nclient4.Lease{"a first lease": nil, "a renewal": lease} {
+		if _, err := ask(t.Context(), c, had); err == nil || strings.Contains(err.Error(), "node1") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := addressOf(lease.ACK); err == nil || strings.Contains(err.Error(), "node1") { // it has no mask
+		t.Errorf("an answer that makes no sense: %v", err)
+	}
+}
+
+// FuzzDHCP reads packets as they come from the farmer's LAN: all that the client and this package do with one.
+func FuzzDHCP(f *testing.F) {
+	for _, kind := range []dhcpv4.MessageType{dhcpv4.MessageTypeOffer, dhcpv4.MessageTypeAck, dhcpv4.MessageTypeNak} {
+		m, err := dhcpv4.New(dhcpv4.WithMessageType(kind), dhcpv4.WithYourIP(net.IPv4(203, 0, 113, 30)), dhcpv4.WithNetmask(net.CIDRMask(28, 32)), dhcpv4.WithOption(dhcpv4.OptServerIdentifier(net.IPv4(203, 0, 113, 17))))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(packet(m.ToBytes()))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := dhcpv4.FromBytes(b)
+		c := newCable(nil)
+		c.packets <- b
+		c.Close()
+		buf := make([]byte, nclient4.MaxMessageSize)
+		n, _, err := nclient4.NewBroadcastUDPConn(c, &net.UDPAddr{Port: 68}).ReadFrom(buf)
 		if err != nil {
 			return
+		}
+		m, err := dhcpv4.FromBytes(buf[:n])
+		if err != nil {
+			return
+		}
+		_ = m.MessageType()
+		if q, err := dhcpv4.NewRequestFromOffer(m); err == nil {
+			q.ToBytes()
+		}
+		if q, err := dhcpv4.NewRenewFromAck(m); err == nil {
+			q.ToBytes()
 		}
 		if a, err := addressOf(m); err == nil && (!a.prefix.Addr().Is4() || a.prefix.Bits() < 1 || a.renew <= 0 || a.renew > a.expires || len(a.names) > maxNames) {
 			t.Fatalf("%+v", a)
 		}
 	})
+}
+
+// A DHCP server gives another address each time, with a router that the kernel refuses.
+func TestAddressesOfACardDoNotPileUp(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocks: the thread ends with its network
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		link := func(name string) netlink.Link {
+			l := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "of-" + name}
+			if err := netlink.LinkAdd(l); err != nil {
+				t.Error(err)
+			}
+			peer, err := netlink.LinkByName(l.PeerName)
+			if err := errors.Join(err, netlink.LinkSetUp(l), netlink.LinkSetUp(peer)); err != nil {
+				t.Error(err)
+			}
+			return l
+		}
+		card := link("card")
+		var had address
+		give := func(last byte, router string) error {
+			a := address{prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, last}), 24), expires: time.Hour}
+			if router != "" {
+				a.router = netip.MustParseAddr(router)
+			}
+			return apply(card, &had, a)
+		}
+		count := func() (addrs, routes int) {
+			a, err := netlink.AddrList(card, netlink.FAMILY_V4)
+			r, err2 := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: card.Attrs().Index}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_DST)
+			if err := errors.Join(err, err2); err != nil {
+				t.Error(err)
+			}
+			return len(a), len(r)
+		}
+		for i := range 10 {
+			if err := give(byte(10+i), "203.0.113.255"); err == nil {
+				t.Error("control: the kernel takes everybody as a router")
+			}
+		}
+		if a, r := count(); a != 1 || r != 0 {
+			t.Errorf("%d addresses, %d default routes", a, r)
+		}
+		if err := give(30, "203.0.113.17"); err != nil {
+			t.Error(err)
+		}
+		if a, r := count(); a != 1 || r != 1 {
+			t.Errorf("with a router: %d addresses, %d default routes", a, r)
+		}
+		if err := give(30, ""); err != nil {
+			t.Error(err)
+		}
+		if a, r := count(); a != 1 || r != 0 {
+			t.Errorf("without a router: %d addresses, %d default routes", a, r)
+		}
+	}()
+	<-done
 }
 
 func TestFirstCard(t *testing.T) {

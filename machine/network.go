@@ -97,7 +97,7 @@ func addressOf(ack *dhcpv4.DHCPv4) (address, error) {
 	}
 	a.prefix = netip.PrefixFrom(ip, ones)
 	if r := ack.Router(); len(r) > 0 {
-		if router, ok := netip.AddrFromSlice(r[0].To4()); ok && router != ip && a.prefix.Contains(router) {
+		if router, ok := netip.AddrFromSlice(r[0].To4()); ok && router != ip && a.prefix.Contains(router) && !ofNobody(a.prefix, router) {
 			a.router = router
 		}
 	}
@@ -109,6 +109,11 @@ func addressOf(ack *dhcpv4.DHCPv4) (address, error) {
 	a.expires = min(max(ack.IPAddressLeaseTime(time.Hour), minLease), maxLease)
 	a.renew = min(max(ack.IPAddressRenewalTime(a.expires/2), minLease/2), a.expires/2)
 	return a, nil
+}
+
+// ofNobody says whether an address of a network stands for the network, or for all in it.
+func ofNobody(p netip.Prefix, a netip.Addr) bool {
+	return p.Bits() < 31 && (a == p.Masked().Addr() || !p.Contains(a.Next()))
 }
 
 // keepLease asks for an address, and again when it is due or was refused.
@@ -123,8 +128,9 @@ func keepLease(ctx context.Context, card netlink.Link, log *slog.Logger) {
 		if err == nil {
 			a, err = addressOf(next.ACK)
 		}
+		before := had.prefix
 		if err == nil {
-			err = apply(card, had, a)
+			err = errors.Join(apply(card, &had, a), writeNames(names, a.names))
 		}
 		pause := a.renew
 		if err != nil {
@@ -135,10 +141,10 @@ func keepLease(ctx context.Context, card netlink.Link, log *slog.Logger) {
 			failing, lease, pause = true, nil, wait
 			wait = min(2*wait, 30*time.Second)
 		} else {
-			if failing || a.prefix != had.prefix {
+			if failing || a.prefix != before {
 				log.Info("address by DHCP", "on", card.Attrs().Name, "address", a.prefix, "router", a.router)
 			}
-			failing, lease, had, wait = false, next, a, time.Second
+			failing, lease, wait = false, next, time.Second
 		}
 		select {
 		case <-ctx.Done():
@@ -147,47 +153,81 @@ func keepLease(ctx context.Context, card netlink.Link, log *slog.Logger) {
 	}
 }
 
-// obtain renews a lease, or asks for a first one.
+// obtain asks on a network card, with a socket of its own.
 func obtain(ctx context.Context, name string, lease *nclient4.Lease) (*nclient4.Lease, error) {
 	c, err := nclient4.New(name, nclient4.WithTimeout(2*time.Second), nclient4.WithRetry(3))
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
+	return ask(ctx, c, lease)
+}
+
+var errRefused = errors.New("the server refuses")
+
+// ask renews a lease, or asks for a first one. What a server says in words is dropped: the console is where a machine's ID
+// is compared, and nobody else may write one there.
+func ask(ctx context.Context, c *nclient4.Client, lease *nclient4.Lease) (*nclient4.Lease, error) {
 	if lease != nil {
 		if next, err := c.Renew(ctx, lease); err == nil {
 			return next, nil
 		}
 	}
-	return c.Request(ctx)
+	lease, err := c.Request(ctx)
+	if _, ok := errors.AsType[*nclient4.ErrNak](err); ok {
+		err = errRefused
+	}
+	return lease, err
 }
 
-// apply gives the card an address, with a lifetime after which the kernel takes it away, and the routes and names that came
-// with it.
-func apply(card netlink.Link, had, a address) error {
-	seconds := int(a.expires / time.Second)
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.prefix.Addr().AsSlice(), Mask: net.CIDRMask(a.prefix.Bits(), 32)}, ValidLft: seconds, PreferedLft: seconds}
+// apply gives the card an address, with a lifetime after which the kernel takes it away, and the route that came with it, in
+// place of those that it had, which it notes.
+func apply(card netlink.Link, had *address, a address) error {
+	on := func(p netip.Prefix) *netlink.Addr {
+		return &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}}
+	}
+	old := *had
+	// First: the kernel takes with an address all that came later in the same network.
+	if old.prefix.IsValid() && old.prefix != a.prefix {
+		if err := netlink.AddrDel(card, on(old.prefix)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("old address %v: %w", old.prefix, err)
+		}
+	}
+	had.prefix = a.prefix
+	addr := on(a.prefix)
+	addr.ValidLft = int(a.expires / time.Second)
+	addr.PreferedLft = addr.ValidLft
 	if err := netlink.AddrReplace(card, addr); err != nil {
 		return fmt.Errorf("address %v: %w", a.prefix, err)
 	}
-	if had.prefix.IsValid() && had.prefix != a.prefix {
-		old := &netlink.Addr{IPNet: &net.IPNet{IP: had.prefix.Addr().AsSlice(), Mask: net.CIDRMask(had.prefix.Bits(), 32)}}
-		if err := netlink.AddrDel(card, old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("old address %v: %w", had.prefix, err)
+	if old.router.IsValid() && !a.router.IsValid() {
+		if err := netlink.RouteDel(route(card, old.router)); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("old route via %v: %w", old.router, err)
 		}
 	}
+	had.router = netip.Addr{}
 	if a.router.IsValid() {
-		if err := netlink.RouteReplace(&netlink.Route{LinkIndex: card.Attrs().Index, Gw: a.router.AsSlice()}); err != nil {
+		if err := netlink.RouteReplace(route(card, a.router)); err != nil {
 			return fmt.Errorf("route via %v: %w", a.router, err)
 		}
+		had.router = a.router
 	}
+	return nil
+}
+
+func route(card netlink.Link, via netip.Addr) *netlink.Route {
+	return &netlink.Route{LinkIndex: card.Attrs().Index, Gw: via.AsSlice()}
+}
+
+// writeNames makes a file that says whom to ask for names.
+func writeNames(file string, servers []netip.Addr) error {
 	var text bytes.Buffer
-	for _, n := range a.names {
+	for _, n := range servers {
 		fmt.Fprintf(&text, "nameserver %v\n", n)
 	}
-	tmp := filepath.Join(filepath.Dir(names), "new")
+	tmp := filepath.Join(filepath.Dir(file), "new")
 	if err := os.WriteFile(tmp, text.Bytes(), 0o600); err != nil {
 		return fmt.Errorf("names: %w", err)
 	}
-	return os.Rename(tmp, names)
+	return os.Rename(tmp, file)
 }
