@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 )
 
 // locationConfig is the configuration file of a location.
@@ -57,11 +59,12 @@ const (
 func (a *app) runLocationCmd() *cobra.Command {
 	var dir, listen, file string
 	var allow []string
+	var quota size
 	cmd := &cobra.Command{
 		Use: "location", Short: "Keep shards for stores", Args: asUsed,
 		Long: "Keeps shards of stores in --dir, for the keys that it is told of and nobody else. It prints what a front end takes as\n--location, and sees sealed bytes only. Deletes are held 24 hours, in which the key of the recovery phrase undoes them.\n" +
-			"holdfast location pin prints what a store's keys need here. Several stores and quotas need --config.",
-		Example: "  holdfast run location --dir /srv/shards --listen :7000 --allow PIN:read,write,delete --allow PIN:recover\n  holdfast run location --config location.json",
+			"holdfast location pin prints what a store's keys need here. Several stores need --config.",
+		Example: "  holdfast run location --dir /srv/shards --listen :7000 --allow PIN:read,write,delete --allow PIN:recover\n  holdfast run location --dir /srv/shards --listen :7000 --allow PIN:read,write,delete --quota 500GiB\n  holdfast run location --config location.json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 				return err
@@ -74,7 +77,7 @@ func (a *app) runLocationCmd() *cobra.Command {
 			}
 			cfg.Dir, cfg.Listen = cmp.Or(dir, cfg.Dir), cmp.Or(listen, cfg.Listen)
 			if len(allow) > 0 {
-				only := locationStore{Name: onlyStore}
+				only := locationStore{Name: onlyStore, Quota: location.Quota{Bytes: int64(quota)}}
 				for _, text := range allow {
 					pin, rights, _ := strings.Cut(text, ":")
 					k := locationKey{pin, strings.FieldsFunc(rights, func(r rune) bool { return r == ',' })}
@@ -90,6 +93,9 @@ func (a *app) runLocationCmd() *cobra.Command {
 					return wrong(cmd, fmt.Errorf("neither --config nor a flag gives %s", x.flag))
 				}
 			}
+			if quota > 0 && len(allow) == 0 {
+				return wrong(cmd, errors.New("--quota is of the store that --allow speaks of; in --config each store has its own"))
+			}
 			if len(cfg.Stores) == 0 {
 				return wrong(cmd, errors.New("neither --config nor --allow says who may use it"))
 			}
@@ -100,6 +106,7 @@ func (a *app) runLocationCmd() *cobra.Command {
 	f.StringVar(&dir, "dir", "", "`directory` of its key and the shards")
 	f.StringVar(&listen, "listen", "", "`address` to listen on")
 	f.StringArrayVar(&allow, "allow", nil, "key of a store and what it may, `PIN:RIGHT,…` of read, write, delete, recover; once for each key")
+	f.Var(&quota, "quota", "`bytes` that the store may keep here, such as 500GiB; without it all that there is room for")
 	f.StringVar(&file, "config", "", "configuration `file`, in JSON")
 	return cmd
 }
@@ -156,9 +163,194 @@ func (a *app) runLocation(ctx context.Context, out io.Writer, cfg *locationConfi
 }
 
 func (a *app) locationCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "location", Short: "Look at the places that keep a store's shards"})
-	cmd.AddCommand(a.locationPinCmd(), a.locationStatusCmd())
+	cmd := group(&cobra.Command{Use: "location", Short: "Look after the places that keep a store's shards"})
+	cmd.AddCommand(a.locationListCmd(), a.locationAddCmd(), a.locationDrainCmd(), a.locationUndrainCmd(), a.locationRemoveCmd(), a.locationPinCmd(), a.locationStatusCmd())
 	return cmd
+}
+
+func (a *app) locationListCmd() *cobra.Command {
+	return a.frontCmd(&cobra.Command{
+		Use: "list", Short: "List a store's locations", Example: "  holdfast location list --dir store\n  holdfast location list --dir store --json",
+	}, func(cmd *cobra.Command, c *control.Client, _ []string) error {
+		st, err := c.Status(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return printJSON(cmd.OutOrStdout(), st.Locations)
+		}
+		showMembers(cmd.OutOrStdout(), st.Locations)
+		return nil
+	})
+}
+
+func (a *app) locationAddCmd() *cobra.Command {
+	return a.frontCmd(&cobra.Command{
+		Use: "add LOCATION", Short: "Have a store use one more location",
+		Long:    "Has a store use one more location, from now on and after a start too: URL,farm=NAME of one elsewhere, as run location\nprints it, or DIRECTORY,farm=NAME of one on this machine. The location must allow the store's key: holdfast location pin\nprints what to give it. What is written from now on goes there too; what is there moves only in repairs and drains.",
+		Example: "  holdfast location add holdfast-location://g.example:7000/PIN,farm=greta --dir store\n  holdfast location add /mnt/disk7,farm=f7 --dir store",
+	}, func(cmd *cobra.Command, c *control.Client, args []string) error {
+		p, err := control.ParsePlace(args[0])
+		if err == nil && p.Path != "" {
+			p.Path, err = filepath.Abs(p.Path)
+		}
+		if err != nil {
+			return wrong(cmd, fmt.Errorf("%s: %w", args[0], err))
+		}
+		got, err := c.AddLocation(cmd.Context(), p)
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return printJSON(cmd.OutOrStdout(), got)
+		}
+		_, err = fmt.Fprintf(cmd.OutOrStdout(), "location %s of farm %s is used from now on\n", got.ID[:8], got.Farm)
+		return err
+	})
+}
+
+// memberOf is the location that a word means: its farm, the beginning of its ID, or its address.
+func memberOf(ctx context.Context, c *control.Client, word string) (*control.Location, error) {
+	st, err := c.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	url, _, _ := strings.Cut(word, ",farm=")
+	var found []*control.Location
+	for i := range st.Locations {
+		l := &st.Locations[i]
+		if l.State != store.Removed.String() && (l.Farm == word || l.At != "" && l.At == url || len(word) >= 8 && strings.HasPrefix(l.ID, word)) {
+			found = append(found, l)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, fmt.Errorf("the store has no location %q: holdfast location list shows which it has", word)
+	case 1:
+		return found[0], nil
+	}
+	var all []string
+	for _, l := range found {
+		all = append(all, l.ID)
+	}
+	return nil, fmt.Errorf("%q is more than one location: give an ID of %s", word, strings.Join(all, ", "))
+}
+
+// knownLocations completes the word of a location.
+func knownLocations() cobra.CompletionFunc {
+	return offered(func(ctx context.Context, c *control.Client) (out []string) {
+		st, err := c.Status(ctx)
+		if err != nil {
+			return nil
+		}
+		for _, l := range st.Locations {
+			if l.State != store.Removed.String() {
+				out = append(out, l.Farm)
+			}
+		}
+		return out
+	})
+}
+
+const locationWord = "LOCATION is the location's farm, the first 8 or more digits of its ID, or its address."
+
+func (a *app) locationDrainCmd() *cobra.Command {
+	var rate size
+	cmd := a.frontCmd(&cobra.Command{
+		Use: "drain LOCATION", Short: "Move a location's shards to the others",
+		Long:    "Gives a location nothing new, and makes its shards at the others: read from it if it answers, from the others if not. It\nreturns when the location is empty. When it is interrupted the store goes on by itself. It is refused where the others\nare too few: add one first.\n\n" + locationWord,
+		Example: "  holdfast location drain anna --dir store\n  holdfast location drain anna --dir store --rate 20MiB",
+	}, func(cmd *cobra.Command, c *control.Client, args []string) error {
+		l, err := memberOf(cmd.Context(), c, args[0])
+		if err != nil {
+			return err
+		}
+		seen, done := a.watch(cmd)
+		got, err := c.Drain(cmd.Context(), l.ID, control.Repair{Rate: int(rate)}, seen)
+		if done(); err != nil {
+			return err
+		}
+		if a.json {
+			err = printJSON(cmd.OutOrStdout(), got)
+		} else {
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "made %d shards elsewhere, %s; %d segments have a shard at %s yet\n", got.Shards, bytesOf(got.Bytes), got.Left, l.Farm)
+		}
+		if err == nil && got.Left > 0 {
+			err = fmt.Errorf("%s is not empty yet: the store goes on when locations answer", l.Farm)
+		}
+		return err
+	})
+	cmd.Flags().Var(&rate, "rate", "`bytes` a second that are made, such as 50MiB; without it as fast as it goes")
+	cmd.ValidArgsFunction = knownLocations()
+	return cmd
+}
+
+func (a *app) locationUndrainCmd() *cobra.Command {
+	cmd := a.frontCmd(&cobra.Command{
+		Use: "undrain LOCATION", Short: "Have a location that was drained be used again",
+		Long:    "Has a location that was drained be used again. What has moved stays where it is.\n\n" + locationWord,
+		Example: "  holdfast location undrain anna --dir store",
+	}, func(cmd *cobra.Command, c *control.Client, args []string) error {
+		l, err := memberOf(cmd.Context(), c, args[0])
+		if err == nil {
+			err = c.Undrain(cmd.Context(), l.ID)
+		}
+		if err != nil {
+			return err
+		}
+		return a.did(cmd.OutOrStdout(), "location %s of farm %s is used again", l.ID[:8], l.Farm)
+	})
+	cmd.ValidArgsFunction = knownLocations()
+	return cmd
+}
+
+func (a *app) locationRemoveCmd() *cobra.Command {
+	var yes bool
+	cmd := a.frontCmd(&cobra.Command{
+		Use: "remove LOCATION", Short: "Let go of a location that was drained",
+		Long:    "Has a store forget a location, which must have been drained and be empty. It asks for the farm's name. What is left in the\nlocation's directory, deletes that it holds for a day, is nobody's then.\n\n" + locationWord,
+		Example: "  holdfast location remove anna --dir store\n  holdfast location remove anna --dir store --yes",
+	}, func(cmd *cobra.Command, c *control.Client, args []string) error {
+		l, err := memberOf(cmd.Context(), c, args[0])
+		if err != nil {
+			return err
+		}
+		if !yes {
+			if err := typed(cmd, fmt.Sprintf("The store forgets location %s of farm %s, %s.", l.ID[:8], l.Farm, printable([]byte(or(l.At, "wherever it is")))), l.Farm); err != nil {
+				return err
+			}
+		}
+		seen, done := a.watch(cmd)
+		got, err := c.RemoveLocation(cmd.Context(), l.ID, seen)
+		if done(); err != nil {
+			return err
+		}
+		if a.json {
+			return printJSON(cmd.OutOrStdout(), got)
+		}
+		_, err = fmt.Fprintf(cmd.OutOrStdout(), "location %s of farm %s is removed\n", l.ID[:8], l.Farm)
+		return err
+	})
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	cmd.ValidArgsFunction = knownLocations()
+	return cmd
+}
+
+// typed asks for a word where a y would be typed too easily.
+func typed(cmd *cobra.Command, what, word string) error {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return errors.New("there is no terminal to ask on: add --yes to go ahead")
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s\nType %s to go ahead: ", what, word)
+	line, err := interruptible(cmd.Context(), func() (string, error) { return bufio.NewReader(os.Stdin).ReadString('\n') })
+	if cmd.Context().Err() != nil {
+		fmt.Fprintln(cmd.ErrOrStderr())
+		return cmd.Context().Err()
+	}
+	if err != nil || strings.TrimSpace(line) != word {
+		return errors.New("nothing was done")
+	}
+	return nil
 }
 
 const storeDirUsage = "`directory` of the store, as in run s3"

@@ -126,8 +126,8 @@ func newRoot(a *app) *cobra.Command {
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON for machines")
 	root.AddGroup(&cobra.Group{ID: groupUse, Title: "What you run:"}, &cobra.Group{ID: groupLook, Title: "What there is:"}, &cobra.Group{ID: groupGrid, Title: "A grid:"})
 	for id, cmds := range map[string][]*cobra.Command{
-		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.caCmd()},
-		groupLook: {a.statusCmd(), a.nodeCmd(), a.locationCmd(), a.ledgerCmd()},
+		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.caCmd(), a.restoreCmd()},
+		groupLook: {a.statusCmd(), a.nodeCmd(), a.storeCmd(), a.locationCmd(), a.ledgerCmd()},
 		groupGrid: {a.upCmd(), a.downCmd(), a.doctorCmd(), a.labCmd(), a.imageCmd(), a.runCmd()},
 	} {
 		for _, c := range cmds {

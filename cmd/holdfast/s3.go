@@ -83,16 +83,9 @@ func (a *app) s3Cmd() *cobra.Command {
 
 func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 	ctx := cmd.Context()
-	scheme, err := disperse.ParseScheme(o.scheme)
+	scheme, classes, err := schemes(cmd, o)
 	if err != nil {
-		return wrong(cmd, fmt.Errorf("--scheme: %w", err))
-	}
-	classes := map[string]disperse.Scheme{}
-	for _, c := range o.classes {
-		name, text, _ := strings.Cut(c, "=")
-		if classes[name], err = disperse.ParseScheme(text); err != nil || name == "" {
-			return wrong(cmd, fmt.Errorf("--class %s: %w", c, cmp.Or(err, errors.New("it has no name"))))
-		}
+		return err
 	}
 	places, err := parsePlaces(o.locations)
 	if err != nil {
@@ -186,6 +179,21 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 		return ctx.Err() // ends the others
 	})
 	return ended(cmd.Context(), eg.Wait())
+}
+
+// schemes are those of class STANDARD and of the others.
+func schemes(cmd *cobra.Command, o s3Options) (scheme disperse.Scheme, classes map[string]disperse.Scheme, err error) {
+	if scheme, err = disperse.ParseScheme(o.scheme); err != nil {
+		return scheme, nil, wrong(cmd, fmt.Errorf("--scheme: %w", err))
+	}
+	classes = map[string]disperse.Scheme{}
+	for _, c := range o.classes {
+		name, text, _ := strings.Cut(c, "=")
+		if classes[name], err = disperse.ParseScheme(text); err != nil || name == "" {
+			return scheme, nil, wrong(cmd, fmt.Errorf("--class %s: %w", c, cmp.Or(err, errors.New("it has no name"))))
+		}
+	}
+	return scheme, classes, nil
 }
 
 // welcome is what is said when the server answers.

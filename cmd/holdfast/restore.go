@@ -1,0 +1,266 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"holdfast/disperse"
+	"holdfast/store"
+	"holdfast/store/control"
+)
+
+func (a *app) restoreCmd() *cobra.Command {
+	cmd := group(&cobra.Command{Use: "restore", Short: "Bring back what was lost, from its phrase"})
+	cmd.AddCommand(a.restoreStoreCmd())
+	return cmd
+}
+
+func (a *app) restoreStoreCmd() *cobra.Command {
+	var o s3Options
+	cmd := &cobra.Command{
+		Use: "store", Short: "Bring back a dispersed store from its phrase and its locations", Args: asUsed,
+		Long: "Makes the directory of a front end anew that was lost, from the recovery phrase and the addresses of the store's\nlocations: its keys, its metadata, the list of its locations and the queue of repairs. Whatever was acknowledged is there\nwhen at least k locations have kept it. Give all locations that there are; those that do not answer may be missing.\n\n" +
+			"From then on the locations refuse the front end that had the store before.",
+		Example: "  holdfast restore store --dir new --phrase-file /secure/phrase --scheme 2/3 \\\n    --location holdfast-location://a.example:7000/PIN,farm=anna --location …\n  holdfast restore store --dir new --location /old/locations/f1,farm=f1 --location …",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+				return err
+			}
+			switch {
+			case o.dir == "":
+				return wrong(cmd, errors.New("--dir is missing"))
+			case len(o.locations) == 0:
+				return wrong(cmd, errors.New("--location is missing: the store is at its locations"))
+			}
+			return a.restoreStore(cmd, o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.dir, "dir", "", "new `directory` for the front end")
+	f.StringVar(&o.phrase, "phrase-file", "", phraseUsage)
+	f.StringArrayVar(&o.locations, "location", nil, "`URL,farm=NAME` of a location, or DIRECTORY,farm=NAME; once for each")
+	f.StringVar(&o.scheme, "scheme", "4/6", "`k/n` of class STANDARD, as run s3 had it")
+	f.StringArrayVar(&o.classes, "class", nil, "another storage class, `NAME=k/n`, as run s3 had it")
+	f.BoolVar(&o.acceptLoss, "accept-loss", false, "go on where the last writes may be lost")
+	return cmd
+}
+
+// restoredStore is what was found.
+type restoredStore struct {
+	Dir       string             `json:"dir"`
+	Epoch     uint64             `json:"epoch"`     // of the front end that restored it
+	From      uint64             `json:"from"`      // of the one whose head was taken
+	Block     uint64             `json:"block"`     // the log ends with it
+	Snapshot  uint64             `json:"snapshot"`  // the block that the snapshot covers
+	Replayed  uint64             `json:"replayed"`  // blocks behind it
+	Dropped   bool               `json:"dropped"`   // a last block that nobody was told is durable
+	KeyEpoch  store.KeyEpoch     `json:"key_epoch"` // of the store's keys
+	Segments  int64              `json:"segments"`
+	Bytes     int64              `json:"bytes"`
+	Degraded  int64              `json:"degraded"`
+	Lost      int64              `json:"lost"`
+	Queue     int64              `json:"queue"`
+	Locations []restoredLocation `json:"locations"`
+	Next      string             `json:"next"`
+}
+
+type restoredLocation struct {
+	Farm  string `json:"farm"`
+	At    string `json:"at,omitempty"`
+	State string `json:"state"` // or what is wrong with it
+}
+
+func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
+	ctx, out := cmd.Context(), cmd.OutOrStdout()
+	scheme, classes, err := schemes(cmd, o)
+	if err != nil {
+		return err
+	}
+	places, err := parsePlaces(o.locations)
+	if err != nil {
+		return wrong(cmd, err)
+	}
+	keyFile := filepath.Join(o.dir, s3Keys)
+	if _, err := os.Stat(keyFile); err == nil {
+		return fmt.Errorf("there is a store in %s already: restore into a new directory, or start this one with holdfast run s3 --dir %[1]s", o.dir)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	root, err := readPhrase(ctx, o.phrase)
+	if err != nil {
+		return err
+	}
+	keys, err := root.Keys(0)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(o.dir, 0o700); err != nil {
+		return err
+	}
+	lock, err := lockDir(o.dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	members, err := control.OpenMembers(control.MembersConfig{Dir: o.dir, Keys: keys, Log: logger()}, places, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, members.Close()) }()
+	p := newProgress(cmd.ErrOrStderr())
+	defer p.done()
+	silent, err := ask(ctx, p, members.All(), places)
+	if err != nil {
+		return err
+	}
+	begin, last := time.Now(), time.Time{}
+	st, err := store.Open(ctx, store.Config{
+		Dir: filepath.Join(o.dir, s3Front), Keys: keys, Members: members.All(), Scheme: scheme, Classes: classes, Restore: true, AcceptLoss: o.acceptLoss, Fragile: true, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
+		Replaying: func(what string, done, of int) {
+			if p.tty != nil && time.Since(begin) > 2*time.Second && (time.Since(last) > 200*time.Millisecond || done == of) {
+				last = time.Now()
+				p.say("read %s %d of %d", what, done, of)
+			}
+		},
+	})
+	p.done()
+	if err != nil {
+		return restoreAdvice(err, silent, len(places))
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	status, err := st.Status(ctx)
+	if err != nil {
+		return err
+	}
+	r := st.Recovery()
+	got := restoredStore{
+		Dir: o.dir, Epoch: uint64(r.Epoch), From: uint64(r.From), Block: r.Block, Snapshot: r.Snapshot, Replayed: r.Replayed, Dropped: r.Dropped, KeyEpoch: st.Keys().Epoch,
+		Segments: status.Segments + status.Blocks, Bytes: status.Bytes, Degraded: status.Degraded, Lost: status.Lost, Queue: status.Queue,
+		Next: fmt.Sprintf("holdfast run s3 --dir %s --scheme %v", o.dir, scheme),
+	}
+	for _, c := range o.classes {
+		got.Next += " --class " + c
+	}
+	at := map[disperse.Place]string{}
+	for _, p := range places {
+		at[p.ID()] = p.URL()
+	}
+	for _, m := range status.Members {
+		l := restoredLocation{m.Farm, at[m.ID], m.State.String()}
+		switch {
+		case m.State == store.Removed:
+			continue
+		case !m.Known:
+			l.State += ", not named"
+		case slices.Contains(r.Silent, m.ID):
+			l.State += ", silent"
+		case slices.Contains(r.Forged, m.ID):
+			l.State += ", its log is not this store's"
+		case slices.Contains(r.Rolled, m.ID):
+			l.State += ", it went back in time"
+		}
+		got.Locations = append(got.Locations, l)
+	}
+	// The keys come last: with them the directory is a store.
+	if err := errors.Join(members.Save(), store.SaveKeys(keyFile, st.Keys())); err != nil {
+		return err
+	}
+	if a.json {
+		return printJSON(out, got)
+	}
+	fmt.Fprintf(out, "the store is restored in %s: %s in %d segments and blocks\n", o.dir, bytesOf(got.Bytes), got.Segments)
+	fmt.Fprintf(out, "its log ends with block %d of front end %d; a snapshot of block %d and %d blocks were read\n", got.Block, got.From, got.Snapshot, got.Replayed)
+	if got.Dropped {
+		fmt.Fprintln(out, "one block more was begun, and nobody was told that it is durable: it is left out")
+	}
+	rows := [][]string{{"FARM", "STATE", "WHERE"}}
+	unnamed := false
+	for _, l := range got.Locations {
+		unnamed = unnamed || l.At == ""
+		rows = append(rows, []string{l.Farm, l.State, l.At})
+	}
+	table(out, rows...)
+	if got.Degraded > 0 {
+		fmt.Fprintf(out, "%d segments are degraded, and wait for repair\n", got.Degraded)
+	}
+	if unnamed {
+		fmt.Fprintln(out, "the store has locations that were not named: holdfast location add tells it where they are, or drain and remove them")
+	}
+	for used := range status.Durable {
+		if used != scheme && !slices.Contains(slices.Collect(maps.Values(classes)), used) {
+			fmt.Fprintf(out, "there are segments of scheme %v, which neither --scheme nor --class names\n", used)
+		}
+	}
+	fmt.Fprintf(out, "start it with %s\n", got.Next)
+	if got.Lost > 0 {
+		return fmt.Errorf("%d segments have fewer shards than restore them", got.Lost)
+	}
+	return nil
+}
+
+// ask finds out who answers, before anything is changed anywhere.
+func ask(ctx context.Context, p *progress, members []store.Member, places []control.Place) (silent []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	why := make([]error, len(members))
+	var wg sync.WaitGroup
+	for i, m := range members {
+		wg.Go(func() { _, why[i] = m.Location.Status(ctx) })
+	}
+	wg.Wait()
+	refused := 0
+	for i, err := range why {
+		if err == nil {
+			continue
+		}
+		silent = append(silent, fmt.Sprintf("  %s %s: %v", places[i].Farm, places[i].URL(), err))
+		if strings.Contains(err.Error(), "tls: ") || strings.Contains(err.Error(), "EOF") {
+			refused++
+		}
+	}
+	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
+		return nil, ctx.Err()
+	}
+	switch {
+	case refused == len(members):
+		return nil, fmt.Errorf("no location knows the key of this phrase: it is another store's, or they are not told to allow it\n%s", strings.Join(silent, "\n"))
+	case len(silent) == len(members):
+		return nil, fmt.Errorf("no location answers\n%s", strings.Join(silent, "\n"))
+	}
+	p.say("%d of %d locations answer", len(members)-len(silent), len(members))
+	return silent, nil
+}
+
+// restoreAdvice says what a restore that failed lacks.
+func restoreAdvice(err error, silent []string, all int) error {
+	var advice string
+	switch {
+	case errors.Is(err, store.ErrRollback):
+		advice = "locations that had the last writes are silent or went back in time: wait for them, or give --accept-loss and lose what only they have"
+	case errors.Is(err, store.ErrBusy):
+		advice = fmt.Sprintf("%d of %d locations do not answer; name others, or wait for these", len(silent), all)
+	case errors.Is(err, store.ErrKeys):
+		advice = "check that phrase and locations are of one store"
+	case errors.Is(err, store.ErrNoStore):
+		advice = "the locations know the key, and have no log of a store: are these all of them?"
+	default:
+		return err
+	}
+	for _, s := range silent {
+		advice += "\n" + s
+	}
+	return fmt.Errorf("%w\n%s", err, advice)
+}
