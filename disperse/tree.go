@@ -64,6 +64,16 @@ func (t *Tree) Write(p []byte) (int, error) {
 	for len(p) > 0 {
 		if t.size%LeafSize == 0 {
 			t.close()
+			for lanes && len(p) >= 2*LeafSize {
+				l := len(t.leaves)
+				t.leaves = append(t.leaves, [32]byte{}, [32]byte{})
+				leaves2(&t.leaves[l], &t.leaves[l+1], (*[LeafSize]byte)(p), (*[LeafSize]byte)(p[LeafSize:]))
+				t.size += 2 * LeafSize
+				p = p[2*LeafSize:]
+			}
+			if len(p) == 0 {
+				break
+			}
 			t.h.Reset()
 			t.h.Write(t.tag[:])
 		}

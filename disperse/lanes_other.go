@@ -1,0 +1,7 @@
+//go:build !amd64
+
+package disperse
+
+const lanes = false
+
+func leaves2(l, m *[32]byte, p, q *[LeafSize]byte) { panic("no lanes") }
