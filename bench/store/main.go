@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -55,23 +56,24 @@ func main() {
 	var o options
 	flag.BoolVar(&o.quick, "quick", false, "tmpfs and c8 only, two short rounds of holdfast and MinIO: under a minute")
 	flag.BoolVar(&o.front, "front", false, "measure fronts without a store behind them instead")
-	flag.IntVar(&o.rounds, "rounds", 3, "turns of every server")
+	flag.IntVar(&o.rounds, "rounds", 0, "turns of every server; 0 means 3, or 2 if quick")
 	list := flag.String("servers", "", "take only these, by comma")
 	flag.StringVar(&o.cases, "cases", "", "take only cases whose name contains this, as \"4KiB put tmpfs c8\"")
 	flag.StringVar(&o.disk, "disk", os.TempDir(), "directory on the disk to measure")
 	flag.StringVar(&o.profile, "profile", "", "directory for perf's profiles of holdfast, one a case; the program must have its symbols")
 	flag.StringVar(&o.holdfast, "holdfast", "bin/holdfast", "the program")
-	flag.DurationVar(&o.length, "length", 3*time.Second, "of a case in a round")
+	flag.DurationVar(&o.length, "length", 0, "of a case in a round; 0 means 3s, or 900ms if quick")
 	flag.Parse()
 	if o.servers = []string{"holdfast", "minio", "minio_encrypted", "versitygw"}; o.front {
 		o.servers = []string{"versitygw_null", "nethttp", "fasthttp"}
 	}
 	if o.quick {
-		o.rounds, o.length = 2, 900*time.Millisecond
+		o.rounds, o.length = cmp.Or(o.rounds, 2), cmp.Or(o.length, 900*time.Millisecond)
 		if !o.front {
 			o.servers = o.servers[:2]
 		}
 	}
+	o.rounds, o.length = cmp.Or(o.rounds, 3), cmp.Or(o.length, 3*time.Second)
 	if *list != "" {
 		o.servers = strings.Split(*list, ",")
 	}
@@ -404,7 +406,7 @@ func (s *server) profile(o options, name string) func() error {
 	if o.profile == "" || s.name != "holdfast" {
 		return func() error { return nil }
 	}
-	cmd := exec.Command("perf", "record", "--quiet", "-g", "-F", "199", "-o", filepath.Join(o.profile, strings.ReplaceAll(name, " ", "-")+".perf"),
+	cmd := exec.Command("perf", "record", "--quiet", "-g", "-F", "997", "-o", filepath.Join(o.profile, strings.ReplaceAll(name, " ", "-")+".perf"),
 		"-p", strconv.Itoa(s.cmd.Process.Pid))
 	if err := cmd.Start(); err != nil {
 		return func() error { return err }
