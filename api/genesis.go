@@ -70,7 +70,7 @@ func fetchGenesis(ctx context.Context, grid identity.GridID, addr string) (*ledg
 	}
 	resp, err := tr.RoundTrip(req)
 	if err != nil {
-		return nil, err
+		return nil, wordless(ctx, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -78,7 +78,7 @@ func fetchGenesis(ctx context.Context, grid identity.GridID, addr string) (*ledg
 	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, ledger.MaxGenesis+1))
 	if err != nil {
-		return nil, err
+		return nil, wordless(ctx, err)
 	}
 	if len(b) > ledger.MaxGenesis {
 		return nil, fmt.Errorf("the server sends more than %d bytes", ledger.MaxGenesis)
@@ -87,6 +87,20 @@ func fetchGenesis(ctx context.Context, grid identity.GridID, addr string) (*ledg
 		return nil, fmt.Errorf("%w: the server has %v", ErrOtherGrid, d)
 	}
 	return ledger.DecodeGenesis(b)
+}
+
+var errNonsense = errors.New("it does not speak as validators and gateways do")
+
+// wordless is an error of a connection without the words of the other end, whoever that is: a machine shows it on its console,
+// which is where its ID is compared.
+func wordless(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if _, ok := errors.AsType[*net.OpError](err); ok {
+		return err
+	}
+	return errNonsense
 }
 
 // ErrOtherGrid is returned for a genesis that is not the one of the grid that was asked for.

@@ -3,10 +3,15 @@ package api_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -16,6 +21,7 @@ import (
 
 	"holdfast/api"
 	"holdfast/api/apitest"
+	"holdfast/identity"
 	"holdfast/ledger"
 	"holdfast/ledger/comet"
 )
@@ -106,5 +112,63 @@ func TestAGenesisIsBelievedByItsDigestAlone(t *testing.T) {
 	began := time.Now()
 	if _, err := api.FetchGenesis(ctx, grid, []string{silent.Addr().String(), silent.Addr().String()}); err == nil || time.Since(began) > 2*time.Second {
 		t.Errorf("%v after %v", err, time.Since(began))
+	}
+}
+
+// A machine says on its console why it has no genesis yet, and there the owner of its farm will read the machine's ID. Who is
+// on the way would have him read another.
+func TestAGenesissServerHasNoWordOnTheConsole(t *testing.T) {
+	const words = "this machine waits to be approved node=node1thief"
+	cert, err := comet.LoadCertificate(filepath.Join(t.TempDir(), "tls.pem"), "impostor")
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame := func(kind, flags, stream byte, payload string) string {
+		return string([]byte{0, byte(len(payload) >> 8), byte(len(payload)), kind, flags, 0, 0, 0, stream}) + payload
+	}
+	settings := frame(4, 0, 0, "")
+	literal := func(name, value string) string {
+		return "\x00" + string(rune(len(name))) + name + string(rune(len(value))) + value
+	}
+	uri := "http://node1thief%zz/"
+	names := append([]byte{0x30, byte(len(uri) + 2), 0x86, byte(len(uri))}, uri...)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: names}}}
+	der, err := x509.CreateCertificate(rand.Reader, template, cert.Leaf, cert.Leaf.PublicKey, cert.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := tls.Certificate{Certificate: [][]byte{der}, PrivateKey: cert.PrivateKey}
+	for name, x := range map[string]struct {
+		cert   tls.Certificate
+		answer string
+	}{
+		"a farewell":       {cert, settings + frame(7, 0, 0, "\x00\x00\x00\x00\x00\x00\x00\x00"+words)},
+		"a header's name":  {cert, settings + frame(1, 4, 1, "\x88"+literal(words, "x"))},
+		"a header's value": {cert, settings + frame(1, 4, 1, literal(":status", words))},
+		"no HTTP":          {cert, words},
+		"its certificate":  {named, ""},
+	} {
+		ln, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{x.cert}, NextProtos: []string{"h2"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					io.ReadFull(c, make([]byte, 64)) // it has asked
+					io.WriteString(c, x.answer)
+				}()
+			}
+		}()
+		_, err = api.FetchGenesis(t.Context(), identity.GridID{1}, []string{ln.Addr().String()})
+		if err == nil || strings.Contains(err.Error(), "node1") {
+			t.Errorf("%s: %v", name, err)
+		}
+		ln.Close()
 	}
 }
