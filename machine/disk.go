@@ -131,13 +131,19 @@ func takeDisk(log *slog.Logger) (string, error) {
 			return "", fmt.Errorf("format %s: %w", d.path, err)
 		}
 	}
-	if err := unix.Mount(d.path, data, "ext4", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOATIME, "errors=remount-ro"); err != nil {
+	if err := mountDisk(d.path, data); err != nil {
 		return "", fmt.Errorf("mount %s: %w", d.path, err)
 	}
 	if err := grow(d.path, d.size); err != nil {
 		return "", fmt.Errorf("grow %s: %w", d.path, err)
 	}
 	return d.path, os.Chmod(data, 0o700)
+}
+
+// mountDisk mounts a disk whose content may be anybody's: it was out of the machine's hands while that was off. A link leads to
+// what its maker cannot reach himself, so none is followed.
+func mountDisk(dev, dir string) error {
+	return unix.Mount(dev, dir, "ext4", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW|unix.MS_NOATIME, "errors=remount-ro")
 }
 
 // disks are the whole disks of the machine by name, without those that a hand can pull out.

@@ -220,6 +220,56 @@ func TestFormatIsWhatTheKernelMounts(t *testing.T) {
 	}
 }
 
+// TestADiskLeadsNowhere: who has the disk plants links, devices and programs on it.
+func TestADiskLeadsNowhere(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	loop, dir := attach(t, formatted(t, 80<<20)), t.TempDir()
+	elsewhere := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(elsewhere, []byte("plain"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mount := func(f func(dev, dir string) error) {
+		t.Helper()
+		if err := f(loop, dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unmount := func() {
+		t.Helper()
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	planted := func(name string) string { return filepath.Join(dir, name) }
+	mount(func(dev, dir string) error { return unix.Mount(dev, dir, "ext4", 0, "") })
+	if err := errors.Join(os.Symlink(elsewhere, planted("node.key")), os.Symlink(filepath.Dir(elsewhere), planted("blobs")), unix.Mknod(planted("genesis"), unix.S_IFCHR|0o600, 1<<8|3),
+		os.WriteFile(planted("plain"), []byte("x"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	paths := []string{"node.key", "blobs/secret", "genesis"}
+	for _, name := range paths {
+		if f, err := os.Open(planted(name)); err != nil {
+			t.Errorf("control: %s: %v", name, err)
+		} else {
+			f.Close()
+		}
+	}
+	unmount()
+	mount(mountDisk)
+	defer unmount()
+	for _, name := range paths {
+		if f, err := os.Open(planted(name)); err == nil {
+			f.Close()
+			t.Errorf("%s leads somewhere", name)
+		}
+	}
+	if _, err := os.ReadFile(planted("plain")); err != nil {
+		t.Error(err)
+	}
+}
+
 func attach(t *testing.T, path string) string {
 	t.Helper()
 	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
