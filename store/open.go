@@ -30,6 +30,9 @@ type Config struct {
 	// Restore takes over the store that the members keep. Without it a Dir that is empty begins a new store, and is refused
 	// if there is one.
 	Restore bool
+	// Before takes the head of an earlier epoch than this, 0 is any. A thief of the front end's keys signs heads that look like
+	// the store's; locations keep those before his while they hold what was deleted (Undelete).
+	Before location.Epoch
 	// AcceptLoss starts even where locations say less than they once did, and the last writes may be lost.
 	AcceptLoss bool
 	// DegradedWrites acknowledges with k shards durable where the rule asks for more.

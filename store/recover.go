@@ -62,7 +62,8 @@ type answer struct {
 	Member
 	status location.Status
 	head   location.Head
-	signed *head // nil: none, or forged
+	before []location.Head // of earlier epochs, the newest first
+	signed *head           // nil: none, or forged
 	err    error
 	rolled bool
 }
@@ -167,7 +168,9 @@ func (s *Store) takeOver(ctx context.Context) ([]*answer, error) {
 			if err := a.Location.Announce(ctx, s.epoch, s.holder); err != nil {
 				return err
 			}
-			a.head, err = a.Location.Head(ctx)
+			if a.head, err = a.Location.Head(ctx); err == nil {
+				a.before, err = a.Location.Earlier(ctx)
+			}
 			return err
 		})
 		n, fenced := 0, false
@@ -252,7 +255,11 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 		if err != nil {
 			s.log.Warn("a location's head is not this store's", "location", fmt.Sprintf("%x", a.ID), "error", err)
 			r.Forged = append(r.Forged, a.ID)
-			continue
+		}
+		if err != nil || s.cfg.Before > 0 && h.epoch >= s.cfg.Before {
+			if h = s.earlier(a); h == nil {
+				continue
+			}
 		}
 		a.signed = h
 		if best == nil || !a.older(best.epoch, best.sequence) {
@@ -260,6 +267,8 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 		}
 	}
 	switch {
+	case best == nil && s.cfg.Before > 0:
+		return nil, fmt.Errorf("no location keeps a head before epoch %d: %w", s.cfg.Before, ErrNoStore)
 	case best == nil && len(r.Forged) > 0:
 		return nil, fmt.Errorf("%d of %d heads are signed by others: %w", len(r.Forged), answered, ErrKeys)
 	case best == nil && known && s.cfg.Restore:
@@ -284,6 +293,20 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 		}
 	}
 	return best, nil
+}
+
+// earlier takes the newest head that a location keeps of earlier epochs and that is this store's, nil if there is none.
+func (s *Store) earlier(a *answer) *head {
+	for _, l := range a.before {
+		if s.cfg.Before > 0 && l.Epoch >= s.cfg.Before {
+			continue
+		}
+		if h, err := s.keys().verify(l); err == nil {
+			a.head = l
+			return h
+		}
+	}
+	return nil
 }
 
 func names(p []disperse.Place) string {

@@ -28,7 +28,7 @@ type Client struct {
 	cfg    ClientConfig
 	tls    *tls.Config
 	places chan struct{}
-	epoch  atomic.Uint64
+	front  atomic.Pointer[front] // nil before Announce
 
 	mu     sync.Mutex
 	idle   []*link // the last is the warmest
@@ -227,17 +227,25 @@ func (l *link) ask(ctx context.Context, r request, into []byte, body ...[]byte) 
 
 // simple makes a request whose answer says nothing.
 func (c *Client) simple(ctx context.Context, op string, r request, body []byte) error {
-	r.epoch = Epoch(c.epoch.Load())
+	r.front = c.as()
 	_, err := c.do(ctx, r, nil, body)
 	return named(op, r.name, err)
 }
 
+// as is who writes.
+func (c *Client) as() front {
+	if f := c.front.Load(); f != nil {
+		return *f
+	}
+	return front{}
+}
+
 // Announce implements Location.
 func (c *Client) Announce(ctx context.Context, e Epoch, h Holder) error {
-	if _, err := c.do(ctx, request{op: opAnnounce, epoch: e}, nil, h[:]); err != nil {
+	if _, err := c.do(ctx, request{op: opAnnounce, front: front{epoch: e}}, nil, h[:]); err != nil {
 		return fmt.Errorf("announce epoch %d: %w", e, err)
 	}
-	c.epoch.Store(uint64(e))
+	c.front.Store(&front{e, h})
 	return nil
 }
 
@@ -308,25 +316,25 @@ func (c *Client) Retain(ctx context.Context, n Name, until time.Time) error {
 
 // PutHead implements Location.
 func (c *Client) PutHead(ctx context.Context, sequence uint64, signed []byte) error {
-	e := c.epoch.Load()
+	f := c.as()
 	err := ErrSize
 	if len(signed) <= MaxHead {
-		_, err = c.do(ctx, request{op: opPutHead, epoch: Epoch(e), a: sequence}, nil, signed)
+		_, err = c.do(ctx, request{op: opPutHead, front: f, a: sequence}, nil, signed)
 	}
 	if err != nil {
-		return fmt.Errorf("put head %d of epoch %d: %w", sequence, e, err)
+		return fmt.Errorf("put head %d of epoch %d: %w", sequence, f.epoch, err)
 	}
 	return nil
 }
 
 // Append implements Location.
 func (c *Client) Append(ctx context.Context, n Name, shard []byte, sequence uint64, signed []byte) error {
-	e := Epoch(c.epoch.Load())
+	f := c.as()
 	err := ErrSize
 	if len(signed) <= MaxHead && len(shard) <= MaxShard {
-		_, err = c.do(ctx, request{op: opAppend, epoch: e, name: n, a: sequence, b: uint64(len(signed))}, nil, signed, shard)
+		_, err = c.do(ctx, request{op: opAppend, front: f, name: n, a: sequence, b: uint64(len(signed))}, nil, signed, shard)
 	}
-	return appended(n, e, sequence, err)
+	return appended(n, f.epoch, sequence, err)
 }
 
 // Head implements Location.
@@ -339,6 +347,18 @@ func (c *Client) Head(ctx context.Context) (Head, error) {
 		return Head{}, fmt.Errorf("head: %w", err)
 	}
 	return Head{Epoch(binary.BigEndian.Uint64(a.body)), a.value, a.body[8:]}, nil
+}
+
+// Earlier implements Location.
+func (c *Client) Earlier(ctx context.Context) (all []Head, err error) {
+	a, err := c.do(ctx, request{op: opEarlier}, nil)
+	if err == nil {
+		all, err = parseHeads(a.body)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("earlier heads: %w", err)
+	}
+	return all, nil
 }
 
 // Prove implements Location.

@@ -3,6 +3,7 @@ package location
 import (
 	"bytes"
 	"cmp"
+	"crypto/subtle"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -50,6 +51,14 @@ type entry struct {
 	retain, deleted int64 // 0: not
 }
 
+// earlierHead is the last head of an epoch, which another has replaced: what a thief of the store's credential says is the end
+// of the log is not the end of it.
+type earlierHead struct {
+	Head
+	at  int64 // when it was replaced
+	pos position
+}
+
 // Dir keeps the shards of one store in a directory, which belongs to it alone.
 type Dir struct {
 	cfg   Config
@@ -74,6 +83,7 @@ type Dir struct {
 	epochPos position
 	head     Head
 	headPos  position
+	earlier  []earlierHead // the oldest first
 	broken   error
 	scrubbed time.Time
 
@@ -97,6 +107,7 @@ type change struct {
 	name   Name
 	body   []byte
 	head   []byte // the body of a kindHead
+	by     Holder // of that
 	fills  bool   // it is refused when the disk is full
 	bad    bool   // the body is known to be rotten, and must not get a checksum that says otherwise
 
@@ -211,7 +222,7 @@ func (d *Dir) replay(id uint32, last bool) error {
 		before = off + r.length()
 		var p []byte
 		bad := false
-		if last && r.body() > 0 || r.kind == kindHead || r.kind == kindEpoch {
+		if last && r.body() > 0 || r.kind == kindHead || r.kind == kindEpoch || r.kind == kindEarlier {
 			p = buf[:r.body()]
 			switch err := s.read(off, p, r.crc); {
 			case errors.Is(err, ErrRotten):
@@ -392,9 +403,20 @@ func (d *Dir) apply(r *record, body []byte, pos position) (unused uint64) {
 		delete(d.rotten, r.name)
 	case kindHead:
 		if len(body) >= headFixed {
-			dead(d.headPos, (&record{kind: kindHead, size: uint32(headFixed + len(d.head.Bytes))}).length())
-			d.head = Head{Epoch(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:]), append(d.head.Bytes[:0], body[headFixed:]...)}
+			h := headOf(body)
+			if d.head.Epoch != 0 && h.Epoch != d.head.Epoch {
+				d.keepHead(earlierHead{d.head, r.time, d.headPos})
+				d.head.Bytes = nil
+			} else {
+				d.headDies(d.headPos, d.head)
+			}
+			d.head = Head{h.Epoch, h.Sequence, append(d.head.Bytes[:0], h.Bytes...)}
 			d.headPos = pos
+		}
+	case kindEarlier:
+		if len(body) >= headFixed {
+			h := headOf(body)
+			d.keepHead(earlierHead{Head{h.Epoch, h.Sequence, slices.Clone(h.Bytes)}, r.deleted, pos})
 		}
 	case kindEpoch:
 		if len(body) == len(d.holder) {
@@ -408,6 +430,42 @@ func (d *Dir) apply(r *record, body []byte, pos position) (unused uint64) {
 		delete(d.held, r.name)
 	}
 	return unused
+}
+
+// keepHead keeps an earlier head as long as deletes are held. When there are many the oldest stay: whoever announces one epoch
+// after another drives nothing out. One that a compaction moves takes its own place.
+func (d *Dir) keepHead(h earlierHead) {
+	d.forget()
+	for i := range d.earlier {
+		if d.earlier[i].Epoch == h.Epoch && d.earlier[i].Sequence == h.Sequence {
+			d.earlier[i].pos = h.pos
+			return
+		}
+	}
+	if len(d.earlier) < MaxHeads && d.seen-h.at < d.cfg.Hold.Milliseconds() {
+		i, _ := slices.BinarySearchFunc(d.earlier, h.at, func(e earlierHead, at int64) int { return cmp.Compare(e.at, at+1) })
+		d.earlier = slices.Insert(d.earlier, i, h)
+	} else {
+		d.headDies(h.pos, h.Head)
+	}
+}
+
+// forget lets go of earlier heads whose hold is over. Call it with mu held.
+func (d *Dir) forget() {
+	d.earlier = slices.DeleteFunc(d.earlier, func(h earlierHead) bool {
+		over := d.seen-h.at >= d.cfg.Hold.Milliseconds()
+		if over {
+			d.headDies(h.pos, h.Head)
+		}
+		return over
+	})
+}
+
+// headDies notes that a head's record says nothing any more.
+func (d *Dir) headDies(pos position, h Head) {
+	if s := d.segments[pos.segment()]; s != nil && pos != 0 {
+		s.dead += (&record{kind: kindHead, size: uint32(headFixed + len(h.Bytes))}).length()
+	}
 }
 
 // commit makes changes durable. Whoever finds nobody writing leads: he writes what is queued, and hands on.
@@ -555,7 +613,7 @@ func (d *Dir) decide(full error) (batch []*change, dirs map[string]struct{}) {
 			c.err = full
 		default:
 			if c.head != nil {
-				c.then, c.err = d.follows(c.head)
+				c.then, c.err = d.follows(c.head, c.by)
 			}
 			if c.err == nil && c.decide != nil {
 				c.rec, c.err = c.decide()
@@ -613,9 +671,9 @@ func headOf(b []byte) Head {
 }
 
 // follows decides whether a head comes after the one that is there. Call it with mu held; a nil record is no change.
-func (d *Dir) follows(body []byte) (*record, error) {
+func (d *Dir) follows(body []byte, by Holder) (*record, error) {
 	h, was := headOf(body), &d.young
-	if err := d.fenced(h.Epoch); err != nil {
+	if err := d.fenced(front{h.Epoch, by}); err != nil {
 		return nil, err
 	}
 	switch {
@@ -645,12 +703,15 @@ func (d *Dir) write() error {
 }
 
 // fenced refuses all but the newest front end. Call it with mu held, when the change is decided.
-func (d *Dir) fenced(e Epoch) error {
+func (d *Dir) fenced(by front) error {
+	e := by.epoch
 	switch {
 	case e < d.epoch && e > 0:
 		return fmt.Errorf("epoch %d, the newest is %d: %w", e, d.epoch, ErrFenced)
 	case e != d.epoch || e == 0:
 		return fmt.Errorf("epoch %d, the newest is %d: %w", e, d.epoch, ErrEpoch)
+	case subtle.ConstantTimeCompare(by.holder[:], d.holder[:]) != 1:
+		return fmt.Errorf("epoch %d is another's: %w", e, ErrFenced)
 	}
 	return nil
 }
@@ -668,12 +729,12 @@ func (d *Dir) retention(until time.Time) (int64, error) {
 }
 
 // put stores a shard that comes from r, and a head after it if there is one.
-func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time, head []byte) error {
+func (d *Dir) put(by front, n Name, size int64, r io.Reader, until time.Time, head []byte) error {
 	if size < 0 || size > MaxShard {
 		return ErrSize
 	}
 	d.mu.Lock()
-	err := d.fenced(epoch)
+	err := d.fenced(by)
 	retain := int64(0)
 	if err == nil {
 		retain, err = d.retention(until)
@@ -702,7 +763,7 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time,
 		if retain <= old.retain && head == nil {
 			return nil
 		}
-		return d.state(epoch, n, head, func(e *entry) error { e.retain = max(e.retain, retain); return nil })
+		return d.state(by, n, head, func(e *entry) error { e.retain = max(e.retain, retain); return nil })
 	}
 	defer func() {
 		d.mu.Lock()
@@ -710,7 +771,7 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time,
 		d.pending.Shards -= want.Shards
 		d.mu.Unlock()
 	}()
-	c := &change{name: n, fills: true, head: head}
+	c := &change{name: n, fills: true, head: head, by: by.holder}
 	var file uint64
 	if size <= embedLimit {
 		if b, ok := r.(*bytesReader); ok {
@@ -731,7 +792,7 @@ func (d *Dir) put(epoch Epoch, n Name, size int64, r io.Reader, until time.Time,
 	}
 	used := false
 	c.decide = func() (*record, error) {
-		if err := d.fenced(epoch); err != nil {
+		if err := d.fenced(by); err != nil {
 			return nil, err
 		}
 		e, had := d.find(n)
@@ -851,9 +912,9 @@ func (d *Dir) fill(f *os.File, n Name, size int64, r io.Reader) error {
 func blocks(size int64) int64 { return (size + blockSize - 1) / blockSize }
 
 // state changes what is known of a shard that is there.
-func (d *Dir) state(epoch Epoch, n Name, head []byte, f func(e *entry) error) error {
-	return d.commit(&change{name: n, head: head, decide: func() (*record, error) {
-		if err := d.fenced(epoch); err != nil {
+func (d *Dir) state(by front, n Name, head []byte, f func(e *entry) error) error {
+	return d.commit(&change{name: n, head: head, by: by.holder, decide: func() (*record, error) {
+		if err := d.fenced(by); err != nil {
 			return nil, err
 		}
 		return d.changed(n, func(e *entry) error {

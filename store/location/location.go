@@ -26,14 +26,22 @@ type Name = disperse.Name
 // Epoch numbers a store's front ends. Only the newest one writes.
 type Epoch uint64
 
-// A Holder tells front ends apart that announce the same epoch: the first one has it.
+// A Holder tells front ends apart that announce the same epoch: the first one has it. Nobody else writes under that epoch,
+// whatever credential he has: a holder is told to locations alone.
 type Holder [16]byte
+
+// front is who writes.
+type front struct {
+	epoch  Epoch
+	holder Holder
+}
 
 // Limits.
 const (
 	MaxShard  = disperse.MaxShard
 	MaxHead   = 4 << 10 // bytes of a head
 	MaxLeaves = 64      // of one challenge
+	MaxHeads  = 64      // that are kept of earlier epochs
 	MaxPage   = 1024    // names of one page of a list
 
 	// maxLeap is how far an epoch may grow at once: who stole a credential cannot use up all epochs there are.
@@ -85,6 +93,8 @@ type Location interface {
 	PutHead(ctx context.Context, sequence uint64, signed []byte) error
 	// Head is the newest head; its Epoch is 0 if there is none.
 	Head(ctx context.Context) (Head, error)
+	// Earlier are the last heads of earlier epochs, the newest first, as long as the hold lasts after the head that replaced them.
+	Earlier(ctx context.Context) ([]Head, error)
 	// Prove returns leaves of a shard with their proofs, for Check.
 	Prove(ctx context.Context, n Name, leaves []int) (Proof, error)
 	Status(ctx context.Context) (Status, error)

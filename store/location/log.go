@@ -29,13 +29,14 @@ const (
 
 // Kinds of records.
 const (
-	kindShard = 1 + iota // body: the shard
-	kindFile             // the shard is in a file of its own
-	kindState            // a shard was deleted, undeleted or locked
-	kindGone             // a shard was removed
-	kindHead             // body: epoch, sequence, bytes
-	kindEpoch            // body: holder
-	kindTime             // a sign that time has passed
+	kindShard   = 1 + iota // body: the shard
+	kindFile               // the shard is in a file of its own
+	kindState              // a shard was deleted, undeleted or locked
+	kindGone               // a shard was removed
+	kindHead               // body: epoch, sequence, bytes
+	kindEpoch              // body: holder
+	kindTime               // a sign that time has passed
+	kindEarlier            // body: as of kindHead; deleted: when it was replaced
 	kindEnd
 )
 
@@ -107,7 +108,7 @@ func parseRecord(salt uint32, b []byte) (r record, ok bool) {
 		limit = embedLimit
 	case kindFile:
 		limit = MaxShard
-	case kindHead:
+	case kindHead, kindEarlier:
 		limit = headFixed + MaxHead
 	case kindEpoch:
 		limit = uint32(len(Holder{}))

@@ -490,7 +490,7 @@ func (b *body) Read(p []byte) (int, error) {
 
 // answer answers one request. Its error ends the connection.
 func (h *handler) answer(r request) error {
-	s := &Session{d: h.d, rights: h.rights, epoch: r.epoch}
+	s := &Session{d: h.d, rights: h.rights, front: r.front}
 	ctx := context.Background() // what was begun is done; the deadline bounds the transfer
 	if r.op == opPut || r.op == opAppend {
 		b := &body{h.t, int64(r.size)}
@@ -498,7 +498,7 @@ func (h *handler) answer(r request) error {
 		switch {
 		case err != nil:
 		case r.op == opPut:
-			err = h.d.put(r.epoch, r.name, b.left, b, until(r.a), nil)
+			err = h.d.put(r.front, r.name, b.left, b, until(r.a), nil)
 		default:
 			signed := make([]byte, r.b)
 			if _, err := io.ReadFull(b, signed); err != nil {
@@ -557,6 +557,11 @@ func (h *handler) answer(r request) error {
 		if hd, err = s.Head(ctx); err == nil {
 			value = hd.Sequence
 			out = append(binary.BigEndian.AppendUint64(nil, uint64(hd.Epoch)), hd.Bytes...)
+		}
+	case opEarlier:
+		var all []Head
+		if all, err = s.Earlier(ctx); err == nil {
+			out = appendHeads(nil, all)
 		}
 	case opProve:
 		leaves := make([]int, len(in)/4)

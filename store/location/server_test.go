@@ -52,7 +52,7 @@ func TestStrangersGetNothing(t *testing.T) {
 			return nil, err
 		}
 		p := make([]byte, requestSize)
-		(&request{op: opPut, name: m, size: uint32(len(c)), epoch: 1}).put(p)
+		(&request{op: opPut, name: m, size: uint32(len(c)), front: front{1, Holder{1}}}).put(p)
 		x.Write(append(p, c...))
 		(&request{op: opGet, name: n, b: 1000}).put(p)
 		x.Write(p)
@@ -93,7 +93,7 @@ func TestStrangersGetNothing(t *testing.T) {
 	reader := s.client(t, Seed{2})
 	has(t, reader, n, b)
 	wants(t, "a reader announces", reader.Announce(t.Context(), 5, Holder{}), ErrRights)
-	reader.epoch.Store(1)
+	reader.front.Store(&front{1, Holder{1}})
 	wants(t, "a reader writes", reader.Put(t.Context(), m, c, time.Time{}), ErrRights)
 	wants(t, "a reader deletes", reader.Delete(t.Context(), n), ErrRights)
 	good(t, "control: the owner goes on", owner.Put(t.Context(), m, c, time.Time{}))
@@ -133,7 +133,7 @@ func TestTruncatedUploads(t *testing.T) {
 		for _, cut := range []int{0, 10, requestSize, requestSize + 1, requestSize + size/2, requestSize + size - 1} {
 			c := s.raw(t, Seed{1})
 			p := make([]byte, requestSize)
-			(&request{op: opPut, name: n, size: uint32(size), epoch: 1}).put(p)
+			(&request{op: opPut, name: n, size: uint32(size), front: front{1, Holder{1}}}).put(p)
 			c.Write(append(p, b...)[:cut])
 			c.NetConn().Close()
 		}
@@ -223,7 +223,7 @@ func TestSlowClients(t *testing.T) {
 		(&request{op: opGet, name: big, b: 8 << 20}).put(p)
 		c.Write(p) // and reads nothing
 		c = s.raw(t, Seed{1})
-		(&request{op: opPut, name: Name{1}, size: 1 << 20, epoch: 1}).put(p)
+		(&request{op: opPut, name: Name{1}, size: 1 << 20, front: front{1, Holder{1}}}).put(p)
 		c.Write(p)
 		c.Write([]byte{1})
 	}
@@ -246,7 +246,7 @@ func TestDeadlineEndsSlowClients(t *testing.T) {
 	announced(t, s.client(t, Seed{1}), 1)
 	c := s.raw(t, Seed{1})
 	p := make([]byte, requestSize)
-	(&request{op: opPut, name: Name{1}, size: 1000, epoch: 1}).put(p)
+	(&request{op: opPut, name: Name{1}, size: 1000, front: front{1, Holder{1}}}).put(p)
 	c.Write(append(p, 1))
 	begin := time.Now()
 	c.SetDeadline(begin.Add(transferTime + 5*time.Second))
@@ -453,12 +453,12 @@ func FuzzRequest(f *testing.F) {
 	p := make([]byte, requestSize)
 	n, b := shardSeeded(1, 100)
 	for o := opAnnounce; o < opEnd; o++ {
-		(&request{op: o, epoch: 1, a: 1, b: 2, name: n}).put(p)
+		(&request{op: o, front: front{1, Holder{1}}, a: 1, b: 2, name: n}).put(p)
 		f.Add(bytes.Clone(p))
 	}
-	(&request{op: opPut, epoch: 1, name: n, size: 100}).put(p)
+	(&request{op: opPut, front: front{1, Holder{1}}, name: n, size: 100}).put(p)
 	f.Add(append(bytes.Clone(p), b...))
-	(&request{op: opAppend, epoch: 1, name: n, a: 1, b: 4, size: 104}).put(p)
+	(&request{op: opAppend, front: front{1, Holder{1}}, name: n, a: 1, b: 4, size: 104}).put(p)
 	f.Add(append(append(bytes.Clone(p), "head"...), b...))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) < requestSize {

@@ -17,7 +17,7 @@ func (d *Dir) As(r Rights) *Session { return &Session{d: d, rights: r} }
 type Session struct {
 	d      *Dir
 	rights Rights
-	epoch  Epoch
+	front
 }
 
 var _ Location = (*Session)(nil)
@@ -45,7 +45,7 @@ func (s *Session) Announce(_ context.Context, e Epoch, h Holder) error {
 	if err != nil {
 		return fmt.Errorf("announce epoch %d: %w", e, err)
 	}
-	s.epoch = e
+	s.front = front{e, h}
 	return nil
 }
 
@@ -67,7 +67,7 @@ func (d *Dir) announce(e Epoch, h Holder) error {
 func (s *Session) Put(_ context.Context, n Name, shard []byte, retain time.Time) error {
 	err := s.may(Write)
 	if err == nil {
-		err = s.d.put(s.epoch, n, int64(len(shard)), (*bytesReader)(&shard), retain, nil)
+		err = s.d.put(s.front, n, int64(len(shard)), (*bytesReader)(&shard), retain, nil)
 	}
 	return named("put", n, err)
 }
@@ -179,7 +179,7 @@ func (s *Session) Delete(_ context.Context, n Name) error {
 	err := s.may(Delete)
 	if err == nil {
 		err = s.d.commit(&change{name: n, decide: func() (*record, error) {
-			if err := s.d.fenced(s.epoch); err != nil {
+			if err := s.d.fenced(s.front); err != nil {
 				return nil, err
 			}
 			return s.d.changed(n, func(e *entry) error {
@@ -226,7 +226,7 @@ func (s *Session) Retain(_ context.Context, n Name, until time.Time) error {
 		ms, err = s.d.retention(until)
 		s.d.mu.Unlock()
 		if err == nil {
-			err = s.d.state(s.epoch, n, nil, func(e *entry) error { e.retain = max(e.retain, ms); return nil })
+			err = s.d.state(s.front, n, nil, func(e *entry) error { e.retain = max(e.retain, ms); return nil })
 		}
 	}
 	return named("retain", n, err)
@@ -239,7 +239,7 @@ func (s *Session) PutHead(_ context.Context, sequence uint64, signed []byte) err
 		err = ErrSize
 	}
 	if err == nil {
-		err = s.d.commit(&change{head: headBody(s.epoch, sequence, signed)})
+		err = s.d.commit(&change{head: headBody(s.epoch, sequence, signed), by: s.holder})
 	}
 	if err != nil {
 		return fmt.Errorf("put head %d of epoch %d: %w", sequence, s.epoch, err)
@@ -258,7 +258,7 @@ func (s *Session) append(n Name, size int64, r io.Reader, sequence uint64, signe
 		err = ErrSize
 	}
 	if err == nil {
-		err = s.d.put(s.epoch, n, size, r, time.Time{}, headBody(s.epoch, sequence, signed))
+		err = s.d.put(s.front, n, size, r, time.Time{}, headBody(s.epoch, sequence, signed))
 	}
 	return appended(n, s.epoch, sequence, err)
 }
@@ -280,6 +280,23 @@ func (s *Session) Head(context.Context) (Head, error) {
 	h := s.d.head
 	h.Bytes = slices.Clone(h.Bytes)
 	return h, nil
+}
+
+// Earlier implements Location.
+func (s *Session) Earlier(context.Context) ([]Head, error) {
+	if err := s.may(Read); err != nil {
+		return nil, fmt.Errorf("earlier heads: %w", err)
+	}
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	s.d.now()
+	s.d.forget()
+	var out []Head
+	for _, h := range slices.Backward(s.d.earlier) {
+		h.Bytes = slices.Clone(h.Bytes)
+		out = append(out, h.Head)
+	}
+	return out, nil
 }
 
 // Prove implements Location. The whole shard is read each time: nothing is kept that could answer instead of it.

@@ -413,6 +413,71 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 			t.Errorf("stat: %+v %v", i, err)
 		}
 	})
+	t.Run("who knows the epoch and is not its holder writes nothing", func(t *testing.T) {
+		l := begin(t, nil)
+		a, thief := announced(t, l.as(everything), 3), &epochOf{l.as(everything), l, 3, Holder{99}}
+		n, b := shardOf(t, 3000)
+		m, c := shardOf(t, 300<<10)
+		good(t, "put", a.Put(t.Context(), n, b, never))
+		good(t, "head", a.PutHead(t.Context(), 7, []byte("seven")))
+		wants(t, "put", thief.Put(t.Context(), m, c, never), ErrFenced)
+		wants(t, "append", thief.set().Append(t.Context(), m, c, 1<<63, []byte("x")), ErrFenced)
+		wants(t, "append of what is there", thief.set().Append(t.Context(), n, b, 1<<63, []byte("x")), ErrFenced)
+		wants(t, "head", thief.PutHead(t.Context(), 1<<63, []byte("x")), ErrFenced)
+		wants(t, "delete", thief.Delete(t.Context(), n), ErrFenced)
+		wants(t, "retain", thief.Retain(t.Context(), n, l.clock.Now().Add(time.Hour)), ErrFenced)
+		good(t, "control: the holder goes on", a.Append(t.Context(), m, c, 8, []byte("eight")))
+		has(t, a, n, b)
+	})
+	t.Run("the last head of an earlier epoch stays while the hold lasts", func(t *testing.T) {
+		l := begin(t, func(c *Config) { c.Segment = 8 << 10 })
+		a := announced(t, l.as(everything), 1)
+		for i := range 3 {
+			good(t, "head", a.PutHead(t.Context(), uint64(i+1), fmt.Appendf(nil, "true %d", i+1)))
+		}
+		for e := range 100 { // a thief of the credential says what he likes
+			a := announced(t, l.as(Read|Write|Delete), Epoch(e+2))
+			good(t, "a head of the thief", a.PutHead(t.Context(), 1<<63, bytes.Repeat([]byte{byte(e)}, MaxHead)))
+			for i := range 3 {
+				n, b := shardSeeded(uint64(e*3+i), 3000)
+				good(t, "put", a.Put(t.Context(), n, b, never))
+				good(t, "delete", a.Delete(t.Context(), n))
+			}
+		}
+		check := func(when string, want int) {
+			t.Helper()
+			all, err := l.as(Read).Earlier(t.Context())
+			good(t, "earlier heads", err)
+			if len(all) != want || want > 0 && (all[want-1].Epoch != 1 || all[want-1].Sequence != 3 || string(all[want-1].Bytes) != "true 3") {
+				t.Errorf("%s: %d heads", when, len(all))
+			}
+			if h, err := l.as(Read).Head(t.Context()); err != nil || h.Epoch != 101 {
+				t.Errorf("%s: the head is of epoch %d, %v", when, h.Epoch, err)
+			}
+		}
+		check("at once", MaxHeads)
+		l.again()
+		check("after a restart", MaxHeads)
+		before := len(l.dir().segments)
+		d := l.dir()
+		d.mu.Lock()
+		for _, s := range d.segments { // as if all were mostly dead
+			s.dead = s.size
+		}
+		d.mu.Unlock()
+		good(t, "sweep", d.Sweep(t.Context()))
+		if after := len(d.segments); before > 1 && after >= before {
+			t.Errorf("%d segments, before %d", after, before)
+		}
+		check("after they were rewritten", MaxHeads)
+		l.again()
+		check("after that and a restart", MaxHeads)
+		l.clock.Add(23 * time.Hour)
+		l.again()
+		check("an hour before the end", MaxHeads)
+		l.clock.Add(2 * time.Hour)
+		check("after the hold", 0)
+	})
 	t.Run("a new front end fences the old one off", func(t *testing.T) {
 		l := begin(t, nil)
 		old, young := l.as(everything), l.as(everything)
@@ -441,7 +506,7 @@ func suite(t *testing.T, begin func(*testing.T, func(*Config)) *locality) {
 				t.Errorf("head: %+v %v", h, err)
 			}
 			l.again()
-			old, young = &epochOf{l.as(everything), l, 3}, l.as(everything)
+			old, young = &epochOf{l.as(everything), l, 3, Holder{3}}, l.as(everything)
 			announced(t, young, 4)
 		}
 		good(t, "a head of the new epoch", young.PutHead(t.Context(), 1, []byte("one")))
@@ -680,14 +745,15 @@ type epochOf struct {
 	Location
 	l *locality
 	e Epoch
+	h Holder
 }
 
 func (o *epochOf) set() Location {
 	switch x := o.Location.(type) {
 	case *Session:
-		x.epoch = o.e
+		x.front = front{o.e, o.h}
 	case *Client:
-		x.epoch.Store(uint64(o.e))
+		x.front.Store(&front{o.e, o.h})
 	}
 	return o.Location
 }

@@ -207,11 +207,16 @@ func (d *Dir) kept(r record, pos position, oldest bool) *record {
 			return nil
 		}
 		return &record{kind: kindGone, name: r.name}
-	case kindHead:
-		if pos != d.headPos {
-			return nil
+	case kindHead, kindEarlier:
+		if r.kind == kindHead && pos == d.headPos {
+			return &record{kind: kindHead}
 		}
-		return &record{kind: kindHead}
+		for _, h := range d.earlier {
+			if h.pos == pos {
+				return &record{kind: kindEarlier, deleted: h.at}
+			}
+		}
+		return nil
 	case kindEpoch:
 		if pos != d.epochPos {
 			return nil

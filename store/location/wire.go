@@ -16,7 +16,7 @@ import (
 
 const (
 	protocol    = "holdfast-location/1"
-	requestSize = 64
+	requestSize = 80
 	frameSize   = 16
 	frameMore   = 1
 	infoSize    = 65
@@ -43,16 +43,17 @@ const (
 	opProve
 	opStatus
 	opAppend
+	opEarlier
 	opEnd
 )
 
 // request is the fixed part of a request. What a and b mean depends on op.
 type request struct {
-	op    op
-	size  uint32 // of the body that follows
-	epoch Epoch
-	a, b  uint64
-	name  Name
+	op   op
+	size uint32 // of the body that follows
+	front
+	a, b uint64
+	name Name
 }
 
 func (r *request) put(p []byte) {
@@ -64,6 +65,7 @@ func (r *request) put(p []byte) {
 	be.PutUint64(p[16:], r.a)
 	be.PutUint64(p[24:], r.b)
 	copy(p[32:], r.name[:])
+	copy(p[64:], r.holder[:])
 }
 
 var errWire = errors.New("not what the protocol says")
@@ -74,7 +76,7 @@ func parseRequest(p []byte) (r request, err error) {
 		return r, errWire
 	}
 	be := binary.BigEndian
-	r = request{op: op(p[0]), size: be.Uint32(p[4:]), epoch: Epoch(be.Uint64(p[8:])), a: be.Uint64(p[16:]), b: be.Uint64(p[24:]), name: Name(p[32:])}
+	r = request{op: op(p[0]), size: be.Uint32(p[4:]), front: front{Epoch(be.Uint64(p[8:])), Holder(p[64:])}, a: be.Uint64(p[16:]), b: be.Uint64(p[24:]), name: Name(p[32:])}
 	limit := uint32(0)
 	switch r.op {
 	case opPut:
@@ -233,6 +235,33 @@ func appendStatus(b []byte, s Status) []byte {
 		b = binary.BigEndian.AppendUint64(b, v)
 	}
 	return b
+}
+
+// appendHeads writes each head as its epoch, sequence, length and bytes.
+func appendHeads(b []byte, all []Head) []byte {
+	for _, h := range all {
+		b = binary.BigEndian.AppendUint64(b, uint64(h.Epoch))
+		b = binary.BigEndian.AppendUint64(b, h.Sequence)
+		b = binary.BigEndian.AppendUint16(b, uint16(len(h.Bytes)))
+		b = append(b, h.Bytes...)
+	}
+	return b
+}
+
+func parseHeads(b []byte) (all []Head, err error) {
+	for len(b) > 0 {
+		if len(b) < 18 || len(all) == MaxHeads {
+			return nil, errWire
+		}
+		h := Head{Epoch: Epoch(binary.BigEndian.Uint64(b)), Sequence: binary.BigEndian.Uint64(b[8:])}
+		n := int(binary.BigEndian.Uint16(b[16:]))
+		if b = b[18:]; n > MaxHead || n > len(b) {
+			return nil, errWire
+		}
+		h.Bytes, b = b[:n:n], b[n:]
+		all = append(all, h)
+	}
+	return all, nil
 }
 
 func parseStatus(b []byte) (s Status, err error) {
