@@ -141,6 +141,10 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 		return restoreAdvice(err, silent, len(places))
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	// Heads do not say which shards of the last blocks have arrived: a round of repair finds out.
+	if _, err := st.RepairAt(ctx, 0, nil); err != nil {
+		return err
+	}
 	status, err := st.Status(ctx)
 	if err != nil {
 		return err

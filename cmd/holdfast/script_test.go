@@ -56,7 +56,10 @@ func TestMain(m *testing.M) {
 //	initramfs FILE [PATH]…     an initramfs with what an image has, and empty files
 //	gateway ADDR               leads the user to another gateway
 //	seal-key PASSPHRASE        seals the user's key
-//	location VAR DIR STORE     a location in DIR that allows the front end of STORE; $VAR is its URL
+//	location VAR DIR STORE     a location in DIR that allows the front end of STORE; $VAR is its URL, ${VAR_pid} its process
+//	port VAR                   a port that nobody has
+//	noise FILE SIZE            a file
+//	s3 put|get PORT CREDENTIALS BUCKET/KEY FILE, s3 make PORT CREDENTIALS BUCKET   an S3 client
 //
 // There are no machines and no gateway: whatever asks the gateway reaches the ledger's own server.
 func TestScripts(t *testing.T) {
@@ -80,6 +83,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
+			"port": freePort, "noise": writeNoise, "s3": askS3,
 		},
 	})
 }
@@ -249,6 +253,7 @@ func startLocation(ts *testscript.TestScript, _ bool, args []string) {
 	var at struct{ URL string }
 	ts.Check(json.NewDecoder(out).Decode(&at))
 	ts.Setenv(args[0], at.URL)
+	ts.Setenv(args[0]+"_pid", strconv.Itoa(cmd.Process.Pid))
 }
 
 // speak is a node that does nothing but talk.
