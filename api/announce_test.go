@@ -91,6 +91,7 @@ func TestMachinesAskToBeAdmitted(t *testing.T) {
 		{"a farm that is not there", of(func(a *ledger.NodeAdmit) { a.Farm = identity.FarmID{1} }, nil), 403, "not on the ledger"},
 		{"a name that the ledger would refuse", of(func(a *ledger.NodeAdmit) { a.Name = "\x1b[2J" }, nil), 403, "only a-z"},
 		{"an endpoint that is none", of(func(a *ledger.NodeAdmit) { a.Endpoints = []string{"everywhere"} }, nil), 403, "not an address"},
+		{"an endpoint with a zone, which is any text", of(func(a *ledger.NodeAdmit) { a.Endpoints = []string{"fe80::1%\x1b[2J"} }, nil), 403, "not an address"},
 		{"a node, for which there is nothing to do", of(func(a *ledger.NodeAdmit) { a.Key = rec.Key }, nil), 204, ""},
 		{"nothing", nil, 400, "EOF"},
 		{"something else", canonical.Encode("let me in"), 400, "node.admit"},

@@ -276,7 +276,8 @@ func validEndpoints(eps []string) error {
 		if len(e) > 64 {
 			return errors.New("endpoint is too long")
 		}
-		if _, err := netip.ParseAddr(e); err != nil {
+		// A zone means nothing elsewhere, and may be any text.
+		if a, err := netip.ParseAddr(e); err != nil || a.Zone() != "" {
 			return fmt.Errorf("endpoint %q is not an address", e)
 		}
 	}

@@ -75,7 +75,7 @@ func cores(milli uint32) string { return fmt.Sprintf("%.1f", float64(milli)/1000
 // memory is what a machine says it has, which may be anything.
 func memory(n uint64) string { return mib(int64(min(n, 1<<62))) }
 
-// addresses are a machine's words too: the zone of an IPv6 address is any text.
+// addresses are a machine's words too. (The ledger takes no zone, which is any text; grids that began before may have some.)
 func addresses(eps []string) string { return printable([]byte(strings.Join(eps, " "))) }
 
 // wish is a machine that asks to become a node.
