@@ -111,8 +111,23 @@ func (s *Store) Audit(ctx context.Context, n int) (sum Audited, err error) {
 				m.lied(r.Names[i])
 			}
 			s.notice(r.ID, true)
-		default:
+		case ctx.Err() != nil:
 			sum.Silent++
+		default:
+			// Who has the shard can give it instead of a proof; who answers, and gives neither, has failed.
+			switch st := s.lookAt(ctx, m, r.Names[i], shardSize(coder, r), true); {
+			case st == good:
+				sum.Passed++
+				x.passed++
+			case st == noAnswer && !s.answers(ctx, m):
+				sum.Silent++
+			case s.still(r, i):
+				sum.Failed++
+				x.failed++
+				x.shard = r.Names[i]
+				s.log.Warn("a location gives neither a proof nor the shard", "location", m.ID, "segment", r.ID, "shard", i, "error", err)
+				s.notice(r.ID, true)
+			}
 		}
 	}
 	if len(results) == 0 {
@@ -144,6 +159,14 @@ func (s *Store) Audit(ctx context.Context, n int) (sum Audited, err error) {
 		return sum, fmt.Errorf("record audits: %w", err)
 	}
 	return sum, nil
+}
+
+// answers says whether a member says anything at all.
+func (s *Store) answers(ctx context.Context, m *member) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err := m.Location.Status(ctx)
+	return err == nil
 }
 
 // challenge asks for leaves that nobody could know before.

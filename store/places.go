@@ -149,6 +149,14 @@ func (m *member) read(err error, took time.Duration, n int) {
 	m.gets.Store((m.gets.Load()*7 + each) / 8)
 }
 
+// lost takes note of a read that was given up after so long, since others were faster.
+func (m *member) lost(took time.Duration, n int) {
+	each := int64(took) * (1 << 20) / int64(max(n, 64<<10))
+	if now := m.gets.Load(); each > now {
+		m.gets.Store((now*7 + each) / 8)
+	}
+}
+
 // alive is when a quorum of the members last did something, all of it.
 func (s *Store) alive() time.Time {
 	all := s.used()

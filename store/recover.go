@@ -151,6 +151,10 @@ func (s *Store) takeOver(ctx context.Context) ([]*answer, error) {
 	// With fewer an older front end could still write, one that starts now could do so too, or a block not be read.
 	m := len(s.cfg.Members)
 	least := max(s.scheme.K, m-quorum(s.scheme)+1, m/2+1)
+	if !s.cfg.AcceptLoss {
+		// Of those that acknowledged the last block n−k may say that they know of none: one more has to answer.
+		least = max(least, m-quorum(s.scheme)+s.scheme.N-s.scheme.K+1)
+	}
 	var why []error
 	for range 5 {
 		all := s.ask(ctx, func(ctx context.Context, a *answer) (err error) {
@@ -353,8 +357,8 @@ func (s *Store) decide(ctx context.Context, all []*answer, best *head) error {
 		if have[j] {
 			there++
 			unknown--
-		} else if a.err == nil && !a.rolled {
-			unknown--
+		} else if a.err == nil && !a.rolled && (a.head.Epoch != best.last.epoch || a.head.Sequence != best.last.head) {
+			unknown-- // with the head it would have had the shard
 		}
 	}
 	c := last.scheme()

@@ -78,10 +78,12 @@ type upkeepState struct {
 	wake      chan struct{}
 	repairing sync.Mutex
 	scrubbing sync.Mutex
+	slowest   time.Duration // how long a scrub waits for one location at most, beyond what its pace allows
 }
 
 func (u *upkeepState) init() {
 	u.noticed, u.orphans, u.wake = map[disperse.ID]bool{}, map[orphan]time.Time{}, make(chan struct{}, 1)
+	u.slowest = 2 * time.Minute
 }
 
 func (s *Store) wakeRepair() {

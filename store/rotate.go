@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/hmac"
+	"errors"
 	"fmt"
 	"time"
 
@@ -125,8 +126,10 @@ func (s *Store) Rewrap(ctx context.Context, seen func(changed, left int)) (chang
 			seen(changed, left)
 		}
 	}
-	if changed > 0 {
-		s.wantSnapshot()
+	if changed > 0 { // heads and the log name the old wraps
+		if err := s.Snapshot(ctx); err != nil {
+			return changed, left, fmt.Errorf("rewrap: %w", err)
+		}
 	}
 	return changed, left, nil
 }
@@ -170,9 +173,42 @@ func (s *Store) rewrapOne(ctx context.Context, r *record) error {
 		return fmt.Errorf("%d of %d shares: %w", have, r.Scheme.K, why)
 	}
 	w, err := coder.Rewrap(r.ID, old, key, r.Wrap, shares)
+	if errors.Is(err, disperse.ErrAuth) {
+		// A share alone does not say whether it is right. A whole shard does, by its name.
+		if shares, err = s.shares(ctx, coder, r); err == nil {
+			w, err = coder.Rewrap(r.ID, old, key, r.Wrap, shares)
+		}
+	}
 	if err != nil {
 		return err
 	}
 	r.Wrap, r.Key = w, keys.Epoch
 	return nil
+}
+
+// shares are k of a segment's shares, from shards that have their names.
+func (s *Store) shares(ctx context.Context, coder *disperse.Coder, r *record) ([][]byte, error) {
+	shares, have := make([][]byte, r.Scheme.N), 0
+	b := s.buffers.get(shardSize(coder, r))
+	defer s.buffers.put(b)
+	for _, i := range s.order(r) {
+		m := s.memberAt(r.Members[i])
+		if have == r.Scheme.K {
+			break
+		}
+		if m.Location == nil || m.Location.Get(ctx, r.Names[i], 0, b) != nil {
+			continue
+		}
+		if n, err := disperse.NameOf(b); err != nil || n != r.Names[i] {
+			m.lied(r.Names[i])
+			s.notice(r.ID, true)
+			continue
+		}
+		shares[i] = bytes.Clone(b[coder.ShareOffset(int(r.Size)):][:disperse.ShareSize])
+		have++
+	}
+	if have < r.Scheme.K {
+		return nil, fmt.Errorf("%d of %d shards: %w", have, r.Scheme.K, ErrBusy)
+	}
+	return shares, nil
 }

@@ -6,6 +6,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"holdfast/disperse"
@@ -20,7 +22,8 @@ type orphan struct {
 
 const (
 	scrubPass  = 200_000 // shards of one walk, so that memory is bounded
-	maxOrphans = 500_000
+	maxOrphans = 500_000 // of all members, each its part
+	maxUnknown = 4 * scrubPass
 )
 
 // Scrubbed is what a scrub found.
@@ -56,13 +59,13 @@ func (s *Store) ScrubAt(ctx context.Context, rate int, seen func(done, about int
 	defer end()
 	s.upkeep.scrubbing.Lock()
 	defer s.upkeep.scrubbing.Unlock()
+	// What locations say they have does not count: it may be anything.
 	total := int64(0)
-	for _, m := range s.members() {
-		if st, err := m.Location.Status(ctx); err == nil {
-			total += st.Shards
-		} else {
-			sum.Silent++
-		}
+	err = s.view(ctx, func(v *view) error {
+		return s.eachRecord(v, func(_ []byte, _ uint64, r *record) error { total += int64(r.Scheme.N); return nil })
+	})
+	if err != nil {
+		return sum, fmt.Errorf("scrub: %w", err)
 	}
 	// Names are digests: their first bits part them evenly.
 	passes := min(total/scrubPass+1, 1<<16)
@@ -194,7 +197,9 @@ func (s *Store) scrubPart(ctx context.Context, lo, hi uint32, sum *Scrubbed, fou
 		if err != nil {
 			return err
 		}
-		listed[m.index] = ok
+		if listed[m.index] = ok; !ok && lo == 0 {
+			sum.Silent++
+		}
 	}
 	// What is left no list had.
 	bad := map[disperse.ID][]expected{}
@@ -210,12 +215,23 @@ func (s *Store) scrubPart(ctx context.Context, lo, hi uint32, sum *Scrubbed, fou
 	return s.condemn(ctx, bad, false, sum)
 }
 
-// scrubMember takes from want what a member lists. It says whether it listed everything.
+// scrubMember takes from want what a member lists. It says whether it listed everything: who takes too long over it, or names
+// far more than a store has, is left for audits to find.
 func (s *Store) scrubMember(ctx context.Context, m *member, lo, hi uint32, want map[disperse.Name]expected, sum *Scrubbed, found map[orphan]bool, pace *pacer) (bool, error) {
 	from := disperse.Name{byte(lo >> 8), byte(lo)}
+	left, unknown, remembered := s.upkeep.slowest, 0, 0
+	for o := range found {
+		if o.member == m.index {
+			remembered++
+		}
+	}
 	for {
-		page, next, err := m.Location.List(ctx, from, location.Live)
-		if err != nil {
+		begin := time.Now()
+		one, cancel := context.WithTimeout(ctx, left)
+		page, next, err := m.Location.List(one, from, location.Live)
+		cancel()
+		if left -= time.Since(begin); err != nil || left <= 0 || unknown > maxUnknown {
+			s.log.Warn("a location does not list all that it has", "location", m.ID, "unknown", unknown, "error", err)
 			return false, ctx.Err()
 		}
 		for _, info := range page {
@@ -225,8 +241,9 @@ func (s *Store) scrubMember(ctx context.Context, m *member, lo, hi uint32, want 
 			e, ok := want[info.Name]
 			switch {
 			case !ok:
-				if len(found) < maxOrphans {
+				if unknown++; remembered < maxOrphans/len(s.used()) {
 					found[orphan{m.index, info.Name}] = true
+					remembered++
 				}
 			case e.member != m.index: // never an orphan: rather is the index wrong
 			case info.Rotten || e.size > 0 && info.Size != int64(e.size):
@@ -410,18 +427,30 @@ func (s *Store) sweep(ctx context.Context, found map[orphan]bool, sum *Scrubbed)
 		}
 	}
 	u.mu.Unlock()
+	by := map[uint16][]orphan{}
 	for _, o := range old {
-		m := s.memberAt(o.member)
-		if !m.usable() {
-			continue
-		}
-		switch err := s.remove(ctx, m, o.name); {
-		case err == nil:
-			sum.Removed++
-		case errors.Is(err, location.ErrLocked):
-		case ctx.Err() != nil:
-			return ctx.Err()
-		}
+		by[o.member] = append(by[o.member], o)
 	}
-	return nil
+	var wg sync.WaitGroup
+	var removed atomic.Int64
+	for i, all := range by {
+		wg.Go(func() { // none waits for another, nor for ever
+			ctx, cancel := context.WithTimeout(ctx, u.slowest)
+			defer cancel()
+			for _, o := range all {
+				m, begin := s.memberAt(i), time.Now()
+				if !m.usable() || ctx.Err() != nil {
+					return
+				}
+				err := s.remove(ctx, m, o.name)
+				m.answered(err, time.Since(begin))
+				if err == nil {
+					removed.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	sum.Removed += removed.Load()
+	return ctx.Err()
 }

@@ -420,6 +420,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 	defer cancel()
 	defer context.AfterFunc(s.life, cancel)()
 	running, have := 0, 0
+	var won atomic.Bool
 	next := func() {
 		if len(order) == 0 {
 			return
@@ -439,6 +440,8 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 			err := m.Location.Get(ctx, r.Names[i], 0, b)
 			if ctx.Err() == nil {
 				m.read(err, time.Since(begin), size)
+			} else if won.Load() {
+				m.lost(time.Since(begin), size)
 			}
 			came <- fetch{i, b, m, err}
 		})
@@ -500,6 +503,7 @@ func (s *Store) get(ctx context.Context, dst []byte, r *record) ([]byte, error) 
 				return dst, fmt.Errorf("segment %v: %d shards, %d are needed: %w", r.ID, have, k, errors.Join(append(why, err, end)...))
 			}
 		}
+		won.Store(true)
 		s.getTimes.add(time.Since(begin))
 		out, err := s.decode(dst, coder, r, shards)
 		if err == nil || !errors.Is(err, disperse.ErrAuth) {

@@ -98,6 +98,7 @@ type Dir struct {
 	pieces   sync.Pool // *[]byte of pieceSize
 	small    sync.Pool // *[]byte of embedLimit
 	trees    sync.Pool // *disperse.Tree
+	proofs   chan struct{}
 }
 
 // A change becomes one record, if decide wants it when its turn comes, and a head behind it if there is one.
@@ -128,7 +129,7 @@ func Open(cfg Config) (*Dir, error) {
 	}
 	d := &Dir{
 		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), held: map[Name]struct{}{}, rotten: map[Name]struct{}{}, segments: map[uint32]*segment{},
-		names: map[Name]struct{}{}, dirty: map[string]struct{}{}, nextFile: 1,
+		proofs: make(chan struct{}, maxProofs), names: map[Name]struct{}{}, dirty: map[string]struct{}{}, nextFile: 1,
 		pieces: sync.Pool{New: func() any { b := make([]byte, pieceSize); return &b }},
 		small:  sync.Pool{New: func() any { b := make([]byte, embedLimit); return &b }},
 		trees:  sync.Pool{New: func() any { return new(disperse.Tree) }},

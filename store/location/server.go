@@ -24,7 +24,7 @@ const (
 	handshakeTime = 10 * time.Second
 	idleTime      = 2 * time.Minute
 	graceTime     = 5 * time.Second
-	maxProofs     = 4 // challenges at work at once
+	maxProofs     = 4 // challenges of one store at work at once
 )
 
 // Key is one that may connect.
@@ -74,9 +74,8 @@ type hosted struct {
 // Server serves the directories of several stores over TLS. Strangers' handshakes fail; they learn the server's
 // certificate.
 type Server struct {
-	cfg    ServerConfig
-	log    *slog.Logger
-	proofs chan struct{}
+	cfg ServerConfig
+	log *slog.Logger
 
 	setting sync.Mutex      // held while the stores change
 	life    context.Context // while Run runs; guarded by setting
@@ -101,7 +100,7 @@ type conn struct {
 func NewServer(cfg ServerConfig) (*Server, error) {
 	s := &Server{
 		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), clients: map[Pin]*client{}, hello: map[*conn]struct{}{}, from: map[netip.Prefix]int{},
-		proofs: make(chan struct{}, maxProofs), stores: map[string]*hosted{},
+		stores: map[string]*hosted{},
 	}
 	s.cfg.Conns = cmp.Or(cfg.Conns, 64)
 	if cfg.Listener == nil || len(cfg.Certificate.Certificate) == 0 {
@@ -568,10 +567,10 @@ func (h *handler) answer(r request) error {
 		for i := range leaves {
 			leaves[i] = int(binary.BigEndian.Uint32(in[4*i:]))
 		}
-		h.s.proofs <- struct{}{}
+		h.d.proofs <- struct{}{}
 		var p Proof
 		p, err = s.Prove(ctx, r.name, leaves)
-		<-h.s.proofs
+		<-h.d.proofs
 		value, out = uint64(p.Size), appendProof(nil, p)
 	case opStatus:
 		var st Status

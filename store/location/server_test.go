@@ -113,6 +113,71 @@ func TestAClientTalksToItsLocationAlone(t *testing.T) {
 	}
 }
 
+// A stranger's handshake fails by his key: he is told so by TLS, before a request of his is read. So does that of one who says
+// another protocol, or has no certificate.
+func TestAStrangersHandshakeFails(t *testing.T) {
+	s := oneStore(t)
+	for _, c := range []struct {
+		name   string
+		change func(*tls.Config)
+		fails  bool
+	}{
+		{"control: the owner", func(*tls.Config) {}, false},
+		{"a key that is not pinned", func(c *tls.Config) { c.Certificates = []tls.Certificate{certOf(t, Seed{66})} }, true},
+		{"no certificate", func(c *tls.Config) { c.Certificates = nil }, true},
+		{"another protocol", func(c *tls.Config) { c.NextProtos = []string{"h2"} }, true},
+		{"no protocol", func(c *tls.Config) { c.NextProtos = nil }, true},
+		{"a key exchange that a quantum computer breaks", func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519} }, true},
+		{"TLS 1.2", func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 }, true},
+	} {
+		cfg := tlsConfig(certOf(t, Seed{1}), func(p Pin) bool { return p == s.pin })
+		cfg.VerifyConnection = nil // it takes the location for what it is
+		c.change(cfg)
+		conn, err := tls.Dial("tcp", s.addr, cfg)
+		if err == nil {
+			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			p := make([]byte, requestSize)
+			(&request{op: opStatus}).put(p)
+			conn.Write(p)
+			_, err = io.ReadFull(conn, make([]byte, frameSize))
+			conn.Close()
+		}
+		if c.fails && (err == nil || !strings.Contains(err.Error(), "tls: ")) {
+			t.Errorf("%s: %v, not an alert", c.name, err)
+		} else if !c.fails && err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+}
+
+// One store's challenges do not take the places of another's.
+func TestChallengesOfOneStoreDoNotHoldUpAnother(t *testing.T) {
+	s := oneStore(t)
+	a, other := announced(t, s.client(t, Seed{1}), 1), announced(t, s.client(t, Seed{3}), 1)
+	n, b := shardOf(t, 5000)
+	good(t, "put", a.Put(t.Context(), n, b, time.Time{}))
+	good(t, "put", other.Put(t.Context(), n, b, time.Time{}))
+	_, err := a.Prove(t.Context(), n, []int{0})
+	good(t, "control: a challenge", err)
+	s.mu.Lock()
+	mine := s.clients[keyOf(Seed{1}, 0).Pin].store
+	d := s.stores[mine].dir
+	s.mu.Unlock()
+	for range cap(d.proofs) {
+		d.proofs <- struct{}{}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := a.Prove(ctx, n, []int{0}); err == nil {
+		t.Error("control: the store's own places are taken")
+	}
+	_, err = other.Prove(t.Context(), n, []int{0})
+	good(t, "another store's challenge", err)
+	for range cap(d.proofs) {
+		<-d.proofs
+	}
+}
+
 // raw is a connection with a pinned key that does not keep to the client's ways.
 func (s *serving) raw(t testing.TB, seed Seed) *tls.Conn {
 	t.Helper()
@@ -477,7 +542,7 @@ func FuzzRequest(f *testing.F) {
 		defer z.Close()
 		go z.Write(in[requestSize:]) // which waits for a reader, of nothing too
 		go io.Copy(io.Discard, z)
-		h := &handler{s: &Server{log: d.log, proofs: make(chan struct{}, 1)}, d: d, rights: everything, t: a, c: &conn{}}
+		h := &handler{s: &Server{log: d.log}, d: d, rights: everything, t: a, c: &conn{}}
 		a.SetDeadline(time.Now().Add(50 * time.Millisecond))
 		h.answer(r)
 		a.Close()
