@@ -20,7 +20,7 @@ import (
 type bed struct {
 	t       testing.TB
 	root    Root
-	dirs    []*location.Dir
+	dirs    []site
 	faults  []*faulty
 	scheme  disperse.Scheme
 	frontAt string
@@ -47,7 +47,7 @@ func newBed(t testing.TB, k, n int) *bed {
 	at := inMemory(t)
 	b.frontAt = filepath.Join(at, "front")
 	for i := range n {
-		d, err := location.Open(location.Config{Path: filepath.Join(at, fmt.Sprint("location-", i)), Trusted: true})
+		d, err := newSite(filepath.Join(at, fmt.Sprint("location-", i)))
 		if err != nil {
 			t.Fatal(err)
 		}

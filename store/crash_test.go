@@ -134,7 +134,7 @@ func crashBed(t testing.TB, dir string) *bed {
 	b := &bed{t: t, scheme: newBedScheme, frontAt: filepath.Join(dir, "front")}
 	b.root = Root(sha256.Sum256([]byte(dir)))
 	for i := range b.scheme.N {
-		d, err := location.Open(location.Config{Path: filepath.Join(dir, fmt.Sprint("location-", i)), Trusted: true})
+		d, err := newSite(filepath.Join(dir, fmt.Sprint("location-", i)))
 		if err != nil {
 			t.Fatal(err)
 		}

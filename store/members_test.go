@@ -16,7 +16,7 @@ import (
 func another(t *testing.T, b *bed) Member {
 	t.Helper()
 	i := len(b.dirs)
-	d, err := location.Open(location.Config{Path: filepath.Join(filepath.Dir(b.frontAt), fmt.Sprint("location-", i)), Trusted: true})
+	d, err := newSite(filepath.Join(filepath.Dir(b.frontAt), fmt.Sprint("location-", i)))
 	if err != nil {
 		t.Fatal(err)
 	}
