@@ -330,11 +330,11 @@ func (s *Store) Verify(ctx context.Context, rate int, seen func(Verified)) (sum 
 				sum.Shards++
 				sum.Bytes += int64(size)
 			}
-			if err := pace.did(ctx, size*r.Scheme.N); err != nil {
-				return sum, err
-			}
 			if seen != nil {
 				seen(sum)
+			}
+			if err := pace.did(ctx, size*r.Scheme.N); err != nil {
+				return sum, err
 			}
 		}
 		var found Scrubbed

@@ -421,7 +421,8 @@ func (s *server) rotate(w http.ResponseWriter, r *http.Request) {
 // empty has a location that shall go be made empty. What is left cannot be moved now.
 func (s *server) empty(ctx context.Context, id disperse.Place, rate int, say func(Progress)) (out Moved, err error) {
 	out.Location = id.String()
-	// The last blocks move when others are behind them; so a round may find nothing, and the next one something.
+	// What heads name, and a snapshot, moves when a newer snapshot and some blocks are there: so a round may find nothing, and
+	// the next one something.
 	for idle := 0; ; {
 		var state store.State
 		out.Left, state, err = s.Store.Held(ctx, id)
@@ -441,6 +442,8 @@ func (s *server) empty(ctx context.Context, id disperse.Place, rate int, say fun
 		}
 		if idle++; did.Shards > 0 {
 			idle = 0
+		} else if err := s.Store.Snapshot(ctx); err != nil {
+			return out, err
 		}
 		if err := s.Store.Drain(ctx, id); err != nil {
 			return out, err
