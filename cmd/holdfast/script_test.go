@@ -56,7 +56,7 @@ func TestMain(m *testing.M) {
 //	initramfs FILE [PATH]…     an initramfs with what an image has, and empty files
 //	gateway ADDR               leads the user to another gateway
 //	seal-key PASSPHRASE        seals the user's key
-//	location VAR DIR STORE     a location in DIR that allows the front end of STORE; $VAR is its URL, ${VAR_pid} its process
+//	location VAR DIR STORE [FLAG]…  a location in DIR that allows the front end of STORE; $VAR is its URL, ${VAR_pid} its process
 //	port VAR                   a port that nobody has
 //	noise FILE SIZE            a file
 //	s3 put|get PORT CREDENTIALS BUCKET/KEY FILE, s3 make PORT CREDENTIALS BUCKET   an S3 client
@@ -240,7 +240,7 @@ func startLocation(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	pin, err := location.PinOf(keys.TLS())
 	ts.Check(err)
-	cmd := exec.Command("holdfast", "run", "location", "--json", "--dir", ts.MkAbs(args[1]), "--listen", "127.0.0.1:0", "--allow", pin.String()+":read,write,delete")
+	cmd := exec.Command("holdfast", append([]string{"run", "location", "--json", "--dir", ts.MkAbs(args[1]), "--listen", "127.0.0.1:0", "--allow", pin.String() + ":read,write,delete"}, args[3:]...)...)
 	out, err := cmd.StdoutPipe()
 	ts.Check(err)
 	ts.Check(cmd.Start())
