@@ -529,3 +529,25 @@ func TestBlockIsFrozen(t *testing.T) {
 		t.Errorf("spot: %s", got)
 	}
 }
+
+// Heads and lists of snapshots, by their digests: their parts are frozen byte by byte (TestRecordIsFrozen, TestBlockIsFrozen).
+func TestHeadIsFrozen(t *testing.T) {
+	keys, err := Root{1}.Keys(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := record{ID: disperse.ID{1}, Size: 5, Scheme: disperse.Scheme{K: 1, N: 1}, Members: []uint16{3}, Names: []disperse.Name{{9}}}
+	h := &head{epoch: 1, sequence: 2, key: 4, places: map[uint16]disperse.Place{3: {7}}, last: &ref{5, 6, 8, r}}
+	const fixed = "48464801" + "0000000000000001" + "0000000000000002" + "00000004" + "0001" + "0003" + "07000000000000000000000000000000" +
+		"0095" + "0000000000000005" + "0000000000000006" + "0000000000000008" // and the record
+	got := h.append(nil)
+	if want := fixed + fmt.Sprintf("%x", appendRecord(nil, &r)) + "0000" + "0000"; fmt.Sprintf("%x", got) != want {
+		t.Errorf("head is\n%x, was\n%s", got, want)
+	}
+	if mac := keys.sign(h)[len(got):]; fmt.Sprintf("%x", mac) != "225f00f91239579cce7e537c136bee4a49448a65d663583f38e8d9b51cf34513" {
+		t.Errorf("its code is %x", mac)
+	}
+	if sum := sha256.Sum256(keys.sign(largeHead())); fmt.Sprintf("%x", sum) != "5802e0f17250a4dd896240ba67dd3590c83af218d9b6521ea53cf5647869d796" {
+		t.Errorf("the largest head's digest is %x", sum)
+	}
+}

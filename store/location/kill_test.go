@@ -151,6 +151,15 @@ func TestKilledUnderLoadKeepsEveryAcknowledgedChange(t *testing.T) {
 				}
 			})
 		}
+		// However slow the machine is, it is under load by then.
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			mu.Lock()
+			loaded := len(live) >= 12*(round+1) && sequence > 0 && (len(dead) > 0 || round < rounds/2)
+			mu.Unlock()
+			if loaded {
+				break
+			}
+		}
 		time.Sleep(time.Duration(20+mrand.IntN(150)) * time.Millisecond)
 		good(t, "kill", cmd.Process.Kill())
 		cmd.Wait()
