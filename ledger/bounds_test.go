@@ -388,7 +388,7 @@ func TestANodeFlapIsNotSlow(t *testing.T) {
 	start := time.Now()
 	x.block(x.all(3))
 	x.block(x.all())
-	if d := time.Since(start); d > 6*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Errorf("two blocks took %v", d)
 	}
 	moved := 0

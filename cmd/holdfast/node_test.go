@@ -186,8 +186,14 @@ func TestAMachineIsShutBeforeItAsks(t *testing.T) {
 			t.Errorf("%s: a connection from the cable ends with %v", when, err)
 		}
 	}
-	if err := try(open.Addr().String()); err != nil {
-		t.Fatalf("control: %v", err)
+	for limit := time.Now().Add(20 * time.Second); ; {
+		err := try(open.Addr().String())
+		if err == nil {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("control: %v", err)
+		}
 	}
 	// The first address tries the machine when it is dialled, and knows no genesis.
 	first, err := net.Listen("tcp", "127.0.0.1:0")

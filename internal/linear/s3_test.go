@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -117,19 +118,19 @@ func TestS3(t *testing.T) {
 // TestCutConnections: a server that dies leaves open what it was asked, and that is explained in time.
 func TestCutConnections(t *testing.T) {
 	m := newMemory("")
-	srv := httptest.NewServer(serve(m))
-	defer srv.Close()
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	go func() {
-		for ctx.Err() == nil {
-			time.Sleep(4 * time.Millisecond)
-			srv.CloseClientConnections()
+	inner := serve(m)
+	var asked atomic.Int64
+	var srv *httptest.Server
+	srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1)%25 == 0 {
+			go srv.CloseClientConnections()
 		}
-	}()
+		inner.ServeHTTP(w, r)
+	}))
+	defer srv.Close()
 	unknown := 0
 	for round := range 10 {
-		h := Run(ctx, NewS3(srv.URL, "access", "secret", "bucket"), fmt.Sprintf("round %d/", round), Config{Seed: uint64(round), Ops: 100})
+		h := Run(t.Context(), NewS3(srv.URL, "access", "secret", "bucket"), fmt.Sprintf("round %d/", round), Config{Seed: uint64(round), Ops: 100})
 		if err := h.Check(t.TempDir(), 20*time.Second); err != nil {
 			t.Fatalf("round %d: %v", round, err)
 		}
