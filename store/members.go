@@ -200,6 +200,15 @@ func (s *Store) enqueueAll(ctx context.Context, m *member) error {
 	}
 }
 
+// StateOf is what a location is for.
+func (s *Store) StateOf(id disperse.Place) (State, error) {
+	m, err := s.memberOf(id)
+	if err != nil {
+		return 0, err
+	}
+	return State(m.state.Load()), nil
+}
+
 // Held is how many segments have a shard at a location, and what the location is for.
 func (s *Store) Held(ctx context.Context, id disperse.Place) (n int, st State, err error) {
 	m, err := s.memberOf(id)

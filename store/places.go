@@ -326,6 +326,14 @@ func (s *Store) placesRecovered() error {
 			}
 		}
 	}
+	// One that was removed is no member, whoever names it: nothing would wait for it, and a quorum must not either.
+	s.placing.Lock()
+	s.all = slices.DeleteFunc(slices.Clone(s.all), func(m *member) bool { return State(m.state.Load()) == Removed })
+	none := len(s.all) == 0
+	s.placing.Unlock()
+	if none {
+		return errors.Join(c.Close(), errors.New("all locations of the configuration were removed from the store"))
+	}
 	return c.Close()
 }
 

@@ -179,7 +179,7 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 		got.Locations = append(got.Locations, l)
 	}
 	// The keys come last: with them the directory is a store.
-	if err := errors.Join(members.Save(), store.SaveKeys(keyFile, st.Keys())); err != nil {
+	if err := errors.Join(members.Settle(st), store.SaveKeys(keyFile, st.Keys())); err != nil {
 		return err
 	}
 	if a.json {

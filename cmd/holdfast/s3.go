@@ -124,7 +124,7 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
 	// The list is that of locations which have been a store's together.
-	if err := members.Save(); err != nil {
+	if err := members.Settle(st); err != nil {
 		return err
 	}
 	seed := keys.TLS()

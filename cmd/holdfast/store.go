@@ -156,6 +156,9 @@ func showStore(w io.Writer, st *control.Status) {
 				continue
 			}
 			survives := fmt.Sprintf("any %d locations", d-k)
+			if d == k+1 {
+				survives = "any location"
+			}
 			switch {
 			case d < k:
 				survives = paint(w, red, "lost")

@@ -56,7 +56,7 @@ func newFront(t *testing.T, dir string, root store.Root, named ...Place) *front 
 	scheme := disperse.Scheme{K: 2, N: 3}
 	f.store, err = store.Open(t.Context(), store.Config{Dir: filepath.Join(dir, "front"), Keys: f.keys, Members: f.members.All(), Scheme: scheme, Fragile: true, Timeout: 5 * time.Second})
 	f.ok(err)
-	f.ok(f.members.Save())
+	f.ok(f.members.Settle(f.store))
 	l, err := Listen(dir, func(uint32) { f.refused.Add(1) })
 	f.ok(err)
 	var admin *s3.Admin
@@ -350,6 +350,11 @@ func TestALocationIsReplacedForGood(t *testing.T) {
 			t.Errorf("%s\ndoes not say %s", f.log, said)
 		}
 	}
+	f.stop()
+	// So it is when the list is lost.
+	f.ok(os.Remove(filepath.Join(dir, listFile)))
+	f = newFront(t, dir, root, Place{Path: "l/f1", Farm: "f1"}, Place{Path: "l/f2", Farm: "f2"}, Place{Path: "l/f3", Farm: "f3"}, Place{Path: at, Farm: "f4"})
+	check("after a start without a list", f)
 	// It can come back, by name.
 	if _, err := f.AddLocation(ctx, Place{Path: filepath.Join(dir, "l/f2"), Farm: "f2"}); err != nil {
 		t.Fatal(err)

@@ -88,7 +88,7 @@ func parseList(b []byte) (at, removed []Place, err error) {
 
 // OpenMembers opens the locations that are in the list, and those named that are not. An address that is named is newer than
 // the list's; one that a command has removed stays away. otherwise is taken where there is neither list nor name. It dials
-// nobody, and writes nothing: Save does.
+// nobody, and writes nothing: Settle does, when a store runs with them.
 func OpenMembers(cfg MembersConfig, named, otherwise []Place) (m *Members, err error) {
 	m = &Members{cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))}
 	file := filepath.Join(cfg.Dir, listFile)
@@ -142,15 +142,19 @@ func OpenMembers(cfg MembersConfig, named, otherwise []Place) (m *Members, err e
 	return m, nil
 }
 
+// path is where a directory is.
+func (m *Members) path(p Place) string {
+	if p.Path == "" || filepath.IsAbs(p.Path) {
+		return p.Path
+	}
+	return filepath.Join(m.cfg.Dir, p.Path)
+}
+
 // open makes a member of a place.
 func (m *Members) open(p Place) (*held, error) {
 	h := &held{place: p, member: store.Member{ID: p.ID(), Farm: p.Farm}}
 	if p.Path != "" {
-		path := p.Path
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(m.cfg.Dir, path)
-		}
-		d, err := location.Open(location.Config{Path: path, Trusted: true, Log: m.log})
+		d, err := location.Open(location.Config{Path: m.path(p), Trusted: true, Log: m.log})
 		if err != nil {
 			return nil, err
 		}
@@ -230,6 +234,24 @@ func (m *Members) Close() (err error) {
 	}
 	m.all, m.left = nil, nil
 	return err
+}
+
+// Settle writes the list when the store runs: those that the metadata says were removed are not in it, also where the list
+// was lost that said so.
+func (m *Members) Settle(st *store.Store) error {
+	m.changing.Lock()
+	defer m.changing.Unlock()
+	m.mu.Lock()
+	m.all = slices.DeleteFunc(slices.Clone(m.all), func(h *held) bool {
+		if state, err := st.StateOf(h.place.ID()); err != nil || state != store.Removed {
+			return false
+		}
+		m.log.Warn("a location is named that was removed: it is not used, holdfast location add has it back", "location", h.place.String())
+		m.removed, m.left = append(m.removed, h.place), append(m.left, h)
+		return true
+	})
+	m.mu.Unlock()
+	return m.Save()
 }
 
 // Save writes the list. It is durable when Save returns.
@@ -313,7 +335,8 @@ func (m *Members) takeBack(p Place) (*held, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for i, h := range m.left {
-		if h.place == p {
+		if h.place.ID() == p.ID() && h.place.Addr == p.Addr && m.path(h.place) == m.path(p) {
+			h.place = p
 			m.left = slices.Delete(m.left, i, i+1)
 			return h, true
 		}
