@@ -29,8 +29,14 @@ type bed struct {
 
 const everything = location.Read | location.Write | location.Delete | location.Recover
 
+// onDiskVariable has locations be on a disk, where there is more room.
+const onDiskVariable = "HOLDFAST_STORE_ON_DISK"
+
 // inMemory is a directory that is faster than a disk, where there is one.
 func inMemory(t testing.TB) string {
+	if os.Getenv(onDiskVariable) != "" {
+		return t.TempDir()
+	}
 	dir, err := os.MkdirTemp("/dev/shm", "holdfast-store-*")
 	if err != nil {
 		return t.TempDir()

@@ -243,7 +243,7 @@ func crashCheck(t *testing.T, s *Store, acked *[crashWorkers]int) {
 func TestKilledAtAnyPoint(t *testing.T) {
 	rounds := 10
 	if os.Getenv("HOLDFAST_LONG") != "" {
-		rounds = 300
+		rounds = 1000
 	}
 	dir := inMemory(t)
 	var acked [crashWorkers]int

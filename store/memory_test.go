@@ -34,8 +34,8 @@ func (p *pattern) Read(b []byte) (int, error) {
 
 const memoryVariable = "HOLDFAST_STORE_MEMORY"
 
-// Sixty-four bodies are written at once, and then read at once by clients that take their time. The long form has 256 MiB
-// each: what is held does not depend on it.
+// Sixteen bodies of 64 MiB, and sixty-four of 12 MiB, are written at once, and then read at once by clients that take their
+// time. The long form has sixty-four of 256 MiB: what is held does not depend on it.
 func TestMemoryOfManyBodies(t *testing.T) {
 	const most = 512 << 10 // KiB
 	if os.Getenv(memoryVariable) == "" {
@@ -52,13 +52,21 @@ func TestMemoryOfManyBodies(t *testing.T) {
 		}
 		return
 	}
-	size := int64(12 << 20)
 	if os.Getenv("HOLDFAST_LONG") != "" {
-		size = 256 << 20
+		t.Setenv(onDiskVariable, "1")
+		manyBodies(t, 64, 256<<20, most)
+		return
 	}
+	manyBodies(t, 16, 64<<20, most)
+	manyBodies(t, 64, 12<<20, most)
+}
+
+func manyBodies(t *testing.T, n int, size int64, most int) {
 	ctx := t.Context()
-	s := newBed(t, 4, 6).opened()
-	bodies, sums := make([]Body, 64), make([][]byte, 64)
+	bed := newBed(t, 4, 6)
+	s := bed.open()
+	defer s.Close()
+	bodies, sums := make([]Body, n), make([][]byte, n)
 	var wg sync.WaitGroup
 	for i := range bodies {
 		wg.Go(func() {

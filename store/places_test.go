@@ -1101,6 +1101,24 @@ func TestLocationsShowNothing(t *testing.T) {
 	if look(plain) < 12 {
 		t.Fatal("the search does not find what is there")
 	}
+	// Nor does a location hide it: without dispersal and encryption the same search finds it there, in its log and its files.
+	bare := filepath.Join(t.TempDir(), "bare")
+	d, err := location.Open(location.Config{Path: bare, Trusted: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	l := d.As(everything)
+	err = l.Announce(ctx, 1, location.Holder{1})
+	for i, p := range [][]byte{text[:30_000], text[:300_000]} {
+		err = errors.Join(err, l.Put(ctx, location.Name{byte(i)}, p, time.Time{}))
+	}
+	if err := errors.Join(err, l.PutHead(ctx, 1, []byte(name))); err != nil {
+		t.Fatal(err)
+	}
+	if n := look(bare); n < 5 {
+		t.Errorf("control: %d finds at a location that has it plain", n)
+	}
 	var all []string
 	for i := range 6 {
 		all = append(all, filepath.Join(filepath.Dir(b.frontAt), fmt.Sprint("location-", i)))

@@ -80,7 +80,7 @@ func startChild(t *testing.T, dir string) (*exec.Cmd, *Client) {
 func TestKilledUnderLoadKeepsEveryAcknowledgedChange(t *testing.T) {
 	rounds := 10
 	if os.Getenv("HOLDFAST_LONG") != "" {
-		rounds = 100
+		rounds = 1000
 	}
 	dir := t.TempDir()
 	const workers = 6
