@@ -122,7 +122,7 @@ func TestCutConnections(t *testing.T) {
 	var asked atomic.Int64
 	var srv *httptest.Server
 	srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if asked.Add(1)%25 == 0 {
+		if asked.Add(1)%150 == 0 {
 			go srv.CloseClientConnections()
 		}
 		inner.ServeHTTP(w, r)
