@@ -322,6 +322,11 @@ func TestWhoLosesRacesIsAskedLast(t *testing.T) {
 		return slow.Location.Get(ctx, n, off, p)
 	}
 	slow.enabled.Store(true)
+	begin := time.Now()
+	same(t, s, body, want)
+	if took := time.Since(begin); asked.Load() == 0 || took > 250*time.Millisecond {
+		t.Errorf("the first read asked it %d times and took %v", asked.Load(), took)
+	}
 	for range 20 {
 		same(t, s, body, want)
 	}
