@@ -361,7 +361,7 @@ func (a *app) storeRotateCmd() *cobra.Command {
 	var resume bool
 	cmd := &cobra.Command{
 		Use: "rotate", Short: "Seal everything under new keys", Args: asUsed,
-		Long: "Begins a new epoch of the store's keys, which derive from the recovery phrase: it asks for it, and the front end never sees\nit. New segments are sealed under the new key at once; the keys of all others are wrapped anew, without their data being\nread or written. The phrase stays as it is. Whoever had a copy of the old keys opens nothing that locations give him from\nthen on; what he has opened before he has.\n\n" +
+		Long: "Begins a new epoch of the store's keys, which derive from the recovery phrase: it asks for it, and the front end never sees\nit. New segments are sealed under the new key at once; the keys of all others are wrapped anew, without their data being\nread or written. The phrase stays as it is.\n\nWhoever has a copy of the old keys does not open what is written from now on. What was there before he opens as long as he\nfinds the old wrapped keys, in metadata that locations remove a day later, if they are honest. And he is the front end to\nlocations as before: from one whose keys were stolen, copy the objects to a new store.\n\n" +
 			"One that was interrupted goes on with --resume.",
 		Example: "  holdfast store rotate --dir store\n  holdfast store rotate --dir store --phrase-file /secure/phrase\n  holdfast store rotate --dir store --resume",
 		RunE: func(cmd *cobra.Command, _ []string) error {
