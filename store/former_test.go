@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -222,4 +223,53 @@ func movedAndRestored(t *testing.T, snapshot bool) {
 	s.Close()
 	s = b.restored()
 	check(s)
+}
+
+// Locations of four farms are lost one after another, and what they had is made elsewhere: no farm gets more than its share.
+func TestRepairGivesNoFarmMoreThanItsShare(t *testing.T) {
+	ctx := t.Context()
+	b, _, s := evilBed(t, 4, 6, 12, func(c *Config) {
+		for i := range c.Members {
+			c.Members[i].Farm = fmt.Sprint(i / 3)
+		}
+	})
+	var bodies []Body
+	for i := range 12 {
+		bodies = append(bodies, keep(t, s, fmt.Sprint(i), "", noise(80_000)))
+	}
+	moved := 0
+	was := map[disperse.ID][]uint16{}
+	for _, off := range []int{0, 4, 8, 1} {
+		b.faults[off].set(silent, nil)
+		for i := range bodies {
+			s.notice(bodies[i].Segments[0].ID, true)
+		}
+		for range 3 { // it is known as silent after the first
+			if _, err := s.Repair(ctx); err != nil {
+				t.Fatal(err)
+			}
+			for i := range bodies {
+				s.notice(bodies[i].Segments[0].ID, true)
+			}
+		}
+		for _, x := range bodies {
+			r := recordOf(t, s, x)
+			farms := map[string]int{}
+			for _, i := range r.Members {
+				farms[s.memberAt(i).Farm]++
+			}
+			for f, n := range farms {
+				if n > 2 {
+					t.Errorf("farm %s has %d shards of a segment", f, n)
+				}
+			}
+			if old := was[r.ID]; old != nil && !slices.Equal(old, r.Members) {
+				moved++
+			}
+			was[r.ID] = r.Members
+		}
+	}
+	if moved < 5 {
+		t.Errorf("only %d segments were repaired elsewhere", moved)
+	}
 }

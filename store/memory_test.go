@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"strings"
@@ -54,9 +55,11 @@ func TestMemoryOfManyBodies(t *testing.T) {
 	}
 	if os.Getenv("HOLDFAST_LONG") != "" {
 		t.Setenv(onDiskVariable, "1")
+		largeBody(t, 128, most) // 8 GiB
 		manyBodies(t, 64, 256<<20, most)
 		return
 	}
+	largeBody(t, 4, most)
 	manyBodies(t, 16, 64<<20, most)
 	manyBodies(t, 64, 12<<20, most)
 }
@@ -102,6 +105,55 @@ func manyBodies(t *testing.T, n int, size int64, most int) {
 		t.Errorf("%d KiB were resident, at most %d", n, most)
 	} else {
 		t.Logf("reading: %d KiB resident at most", n)
+	}
+}
+
+// largeBody is one of parts of 64 MiB, as a multipart upload makes it, of which ranges are read.
+func largeBody(t *testing.T, parts, most int) {
+	const part, seed = 64 << 20, 7
+	ctx := t.Context()
+	s := newBed(t, 4, 6).open()
+	defer s.Close()
+	made := make([]Body, parts)
+	var wg sync.WaitGroup
+	turns := make(chan struct{}, 4)
+	for i := range made {
+		turns <- struct{}{}
+		wg.Go(func() {
+			var err error
+			if made[i], err = s.Write(ctx, "", &pattern{seed: seed, at: uint64(i) * part, left: part, sum: sha256.New()}, part); err != nil {
+				t.Error(err)
+			}
+			<-turns
+		})
+	}
+	wg.Wait()
+	var body Body
+	for _, b := range made {
+		body.Size += b.Size
+		body.Segments = append(body.Segments, b.Segments...)
+	}
+	if err := s.Update(ctx, func(tx Tx) error { tx.Keep(body); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		off := rand.Int64N(body.Size)
+		n := min(rand.Int64N(8<<20), body.Size-off)
+		want, have := &pattern{seed: seed, at: uint64(off), left: n, sum: sha256.New()}, sha256.New()
+		io.Copy(io.Discard, want)
+		r, err := s.Read(ctx, body, off, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(have, r); err != nil || string(have.Sum(nil)) != string(want.sum.Sum(nil)) {
+			t.Errorf("%d bytes at %d: %v", n, off, err)
+		}
+		r.Close()
+	}
+	if n := peak(t); n > most {
+		t.Errorf("a body of %d bytes: %d KiB were resident, at most %d", body.Size, n, most)
+	} else {
+		t.Logf("a body of %d MiB: %d KiB resident at most", body.Size>>20, n)
 	}
 }
 

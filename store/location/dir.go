@@ -99,6 +99,7 @@ type Dir struct {
 	small    sync.Pool // *[]byte of embedLimit
 	trees    sync.Pool // *disperse.Tree
 	proofs   chan struct{}
+	sync     func(*os.File) error // datasync, but in tests
 }
 
 // A change becomes one record, if decide wants it when its turn comes, and a head behind it if there is one.
@@ -129,7 +130,7 @@ func Open(cfg Config) (*Dir, error) {
 	}
 	d := &Dir{
 		cfg: cfg, log: cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)), held: map[Name]struct{}{}, rotten: map[Name]struct{}{}, segments: map[uint32]*segment{},
-		proofs: make(chan struct{}, maxProofs), names: map[Name]struct{}{}, dirty: map[string]struct{}{}, nextFile: 1,
+		proofs: make(chan struct{}, maxProofs), sync: datasync, names: map[Name]struct{}{}, dirty: map[string]struct{}{}, nextFile: 1,
 		pieces: sync.Pool{New: func() any { b := make([]byte, pieceSize); return &b }},
 		small:  sync.Pool{New: func() any { b := make([]byte, embedLimit); return &b }},
 		trees:  sync.Pool{New: func() any { return new(disperse.Tree) }},
@@ -691,7 +692,7 @@ func (d *Dir) write() error {
 	s := d.current
 	_, err := s.f.WriteAt(d.out, s.size)
 	if err == nil {
-		err = datasync(s.f)
+		err = d.sync(s.f)
 	}
 	if isFull(err) {
 		if err := errors.Join(s.f.Truncate(s.size), datasync(s.f)); err != nil {
@@ -851,7 +852,7 @@ func (d *Dir) writeFile(n Name, size int64, r io.Reader) (id uint64, err error) 
 	}
 	err = d.fill(f, n, size, r)
 	if err == nil {
-		err = datasync(f)
+		err = d.sync(f)
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		os.Remove(path)

@@ -103,6 +103,52 @@ func TestAPowerCutLosesNothingAcknowledged(t *testing.T) {
 
 // TestAHeadIsNeverThereWithoutItsShard spoils what an append wrote, wherever it may be torn: the shard alone may be
 // there, the head alone never.
+func TestNothingIsAcknowledgedBeforeItIsSynced(t *testing.T) {
+	d := open(t, Config{Path: t.TempDir(), Segment: 1 << 20})
+	defer d.Close()
+	a := announced(t, d.As(everything), 1)
+	var mu sync.Mutex
+	synced := map[string]int64{}
+	d.sync = func(f *os.File) error {
+		st, err := f.Stat() // what came before is covered
+		if err == nil {
+			err = datasync(f)
+		}
+		mu.Lock()
+		synced[f.Name()] = st.Size()
+		mu.Unlock()
+		return err
+	}
+	check := func(what string) {
+		t.Helper()
+		filepath.Walk(d.cfg.Path, func(path string, info os.FileInfo, err error) error {
+			if err != nil || !info.Mode().IsRegular() || info.Size() <= segmentHead {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if synced[path] != info.Size() {
+				t.Errorf("%s: %s has %d bytes, of which %d are synced", what, path, info.Size(), synced[path])
+			}
+			return nil
+		})
+	}
+	for i, size := range []int{100, 3000, 300 << 10, 60 << 10, 100 << 10, 64 << 10} {
+		n, b := shardOf(t, size)
+		good(t, "put", a.Put(t.Context(), n, b, time.Time{}))
+		check("put")
+		m, c := shardOf(t, size)
+		good(t, "append", a.Append(t.Context(), m, c, uint64(2*i+1), []byte("head")))
+		check("append")
+		good(t, "delete", a.Delete(t.Context(), n))
+		check("delete")
+		good(t, "head", a.PutHead(t.Context(), uint64(2*i+2), []byte("head")))
+		check("head")
+	}
+	good(t, "announce", a.Announce(t.Context(), 2, Holder{2}))
+	check("announce")
+}
+
 func TestAHeadIsNeverThereWithoutItsShard(t *testing.T) {
 	root := t.TempDir()
 	base := filepath.Join(root, "base")
