@@ -80,6 +80,8 @@ func TestNames(t *testing.T) {
 		"up", "down", "doctor", "status", "plan", "deploy", "logs", "ca", "version", "completion bash", "completion zsh", "completion fish",
 		"run validator", "run node", "run gateway", "contract list", "contract show", "contract history", "contract cancel", "node list", "ledger show", "image build", "image show", "image run",
 		"lab kill", "lab pause", "lab resume", "lab cut",
+		"run s3", "run location", "store status", "store scrub", "store audit", "store repair", "store rotate", "store user list", "store user add", "store user rotate", "store user remove",
+		"store policy list", "store policy show", "store policy set", "store policy remove", "location list", "location add", "location drain", "location undrain", "location remove", "restore store",
 	} {
 		c, rest, err := root.Find(strings.Fields(path))
 		if err != nil || len(rest) > 0 || c.CommandPath() != "holdfast "+path {

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"holdfast/store"
+	"holdfast/store/control"
 )
 
 // freePort finds a port that nobody has at the moment.
@@ -174,5 +175,29 @@ func TestAnotherPhraseRotatesNothing(t *testing.T) {
 	var st unix.Stat_t
 	if err := unix.Stat(file, &st); err != nil || st.Mode&0o077 != 0 {
 		t.Errorf("mode %o, %v", st.Mode, err)
+	}
+}
+
+// TestProgressIsShownToWhoWaits: on a terminal, after two seconds, and not beside JSON.
+func TestProgressIsShownToWhoWaits(t *testing.T) {
+	person, program := terminalPair(t)
+	cmd := newRoot(&app{})
+	cmd.SetErr(program)
+	seen, done := (&app{}).watch(cmd)
+	seen(control.Progress{What: "early", Done: 1, Of: 4, Unit: "shards"})
+	time.Sleep(2100 * time.Millisecond)
+	seen(control.Progress{What: "compare", Done: 1, Of: 4, Unit: "shards"})
+	done()
+	program.WriteString("end\n")
+	got, err := until(person, "end")
+	if err != nil || got != "\r\x1b[Kcompare: 1 of 4 shards, 25 %\r\x1b[Kend" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if seen, _ := (&app{json: true}).watch(cmd); seen != nil {
+		t.Error("progress beside JSON")
+	}
+	cmd.SetErr(io.Discard)
+	if seen, _ := (&app{}).watch(cmd); seen != nil {
+		t.Error("progress where nobody looks")
 	}
 }
