@@ -39,29 +39,38 @@ const memoryVariable = "HOLDFAST_STORE_MEMORY"
 // time. The long form has sixty-four of 256 MiB: what is held does not depend on it.
 func TestMemoryOfManyBodies(t *testing.T) {
 	const most = 512 << 10 // KiB
-	if os.Getenv(memoryVariable) == "" {
-		cmd := exec.Command(os.Args[0], "-test.run=^TestMemoryOfManyBodies$", "-test.v")
-		cmd.Env = append(os.Environ(), memoryVariable+"=1")
+	long := os.Getenv("HOLDFAST_LONG") != ""
+	cases := map[string]func(){
+		"one":     func() { largeBody(t, 4, most) },
+		"sixteen": func() { manyBodies(t, 16, 64<<20, most) },
+		"many":    func() { manyBodies(t, 64, 12<<20, most) },
+	}
+	if long {
+		cases = map[string]func(){
+			"one":  func() { largeBody(t, 128, most) }, // 8 GiB
+			"many": func() { manyBodies(t, 64, 256<<20, most) },
+		}
+	}
+	if f := cases[os.Getenv(memoryVariable)]; f != nil {
+		f()
+		return
+	}
+	for name := range cases {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestMemoryOfManyBodies$", "-test.v", "-test.timeout=1h")
+		cmd.Env = append(os.Environ(), memoryVariable+"="+name)
+		if long {
+			cmd.Env = append(cmd.Env, onDiskVariable+"=1")
+		}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
-			t.Fatalf("%v\n%s", err, out)
+			t.Errorf("%s: %v\n%s", name, err, out)
 		}
 		for line := range strings.Lines(string(out)) {
 			if strings.Contains(line, "KiB") {
-				t.Log(strings.TrimSpace(line))
+				t.Log(name, strings.TrimSpace(line))
 			}
 		}
-		return
 	}
-	if os.Getenv("HOLDFAST_LONG") != "" {
-		t.Setenv(onDiskVariable, "1")
-		largeBody(t, 128, most) // 8 GiB
-		manyBodies(t, 64, 256<<20, most)
-		return
-	}
-	largeBody(t, 4, most)
-	manyBodies(t, 16, 64<<20, most)
-	manyBodies(t, 64, 12<<20, most)
 }
 
 func manyBodies(t *testing.T, n int, size int64, most int) {
