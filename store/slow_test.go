@@ -17,7 +17,7 @@ import (
 // timeout. Nobody is refused while something moves. When nothing moves everybody is, after the timeout.
 func TestSlownessAloneFailsNothing(t *testing.T) {
 	ctx := t.Context()
-	_, evils, s := evilBed(t, 4, 6, 6, func(c *Config) { c.Timeout = 500 * time.Millisecond })
+	_, evils, s := evilBed(t, 4, 6, 6, func(c *Config) { c.Timeout = 1500 * time.Millisecond })
 	var stuck atomic.Bool
 	for _, e := range evils {
 		var one sync.Mutex
@@ -58,7 +58,7 @@ func TestSlownessAloneFailsNothing(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if took := time.Since(begin); time.Duration(worst.Load()) < 3*s.cfg.Timeout {
+	if took := time.Since(begin); time.Duration(worst.Load()) < 2*s.cfg.Timeout {
 		t.Errorf("nobody waited for long: all took %v", took)
 	}
 	stuck.Store(true)
