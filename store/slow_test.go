@@ -179,3 +179,26 @@ func TestAWriteThatFindsAllMembersLateAsksThem(t *testing.T) {
 	close(stop)
 	wg.Wait()
 }
+
+// Each change is a block of its own, and each block takes a while: the last waits for several times the timeout.
+func TestAnUpdateWaitsInALongQueue(t *testing.T) {
+	ctx := t.Context()
+	_, evils, s := evilBed(t, 4, 6, 6, func(c *Config) { c.Timeout = time.Second })
+	for _, e := range evils {
+		e.put = func(context.Context, location.Name, []byte) error { time.Sleep(250 * time.Millisecond); return nil }
+		e.enabled.Store(true)
+	}
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			if err := set(ctx, s, fmt.Sprint(i), string(make([]byte, 300_000))); err != nil {
+				t.Errorf("change %d after %v: %v", i, time.Since(begin), err)
+			}
+		})
+	}
+	wg.Wait()
+	if took := time.Since(begin); took < 2*s.cfg.Timeout {
+		t.Errorf("all took %v: nobody waited", took)
+	}
+}
