@@ -120,3 +120,30 @@ func TestCloseDoesNotWaitForClients(t *testing.T) {
 		}
 	}
 }
+
+// Changes wait for a block that is under way and for the group behind it, which is full: all are told when the store is closed.
+func TestCloseAnswersAQueueOfChanges(t *testing.T) {
+	ctx := t.Context()
+	_, evils, s := evilBed(t, 4, 6, 6, nil)
+	for _, e := range evils {
+		e.put = func(context.Context, location.Name, []byte) error { time.Sleep(200 * time.Millisecond); return nil }
+		e.enabled.Store(true)
+	}
+	done := make(chan error, 12)
+	for i := range cap(done) {
+		go func() { done <- set(ctx, s, string(rune('a'+i)), string(make([]byte, 300_000))) }()
+	}
+	time.Sleep(300 * time.Millisecond)
+	s.Close()
+	busy := 0
+	for range cap(done) {
+		if err := <-done; errors.Is(err, ErrBusy) {
+			busy++
+		} else if err != nil {
+			t.Error(err)
+		}
+	}
+	if busy == 0 {
+		t.Error("nobody waited")
+	}
+}

@@ -474,6 +474,7 @@ func (s *Store) take() *group {
 	}
 	if g.taken != nil {
 		close(g.taken)
+		g.taken = nil // end closes those that are left
 	}
 	s.flying = g
 	s.forming = s.newGroup(s.spare)
