@@ -69,7 +69,6 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	defer b.etags.close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer stop()
@@ -131,7 +130,7 @@ type objects struct {
 	backend.BackendUnsupported // what no method here does
 	store                      store.Objects
 	log                        *slog.Logger
-	etags                      *etags
+	etags                      etags
 	now                        func() time.Time
 	patience                   time.Duration // 0 is for ever
 	said                       sync.Map      // errors that were logged, by text
@@ -147,7 +146,7 @@ type objects struct {
 var _ backend.Backend = (*objects)(nil)
 
 func newBackend(s store.Objects, log *slog.Logger) *objects {
-	b := &objects{store: s, log: log, etags: newEtags(), now: time.Now}
+	b := &objects{store: s, log: log, now: time.Now}
 	b.buckets.known = map[string]*bucket{}
 	return b
 }

@@ -7,12 +7,9 @@ import (
 	"hash"
 	"io"
 	"strings"
-	"sync"
-	"sync/atomic"
 
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/minio/crc64nvme"
-	md5simd "github.com/minio/md5-simd"
 	"github.com/versity/versitygw/s3api/middlewares"
 	"github.com/versity/versitygw/s3api/utils"
 	"github.com/versity/versitygw/s3err"
@@ -81,38 +78,17 @@ func (c checksum) kind() types.ChecksumType {
 	return types.ChecksumTypeFullObject
 }
 
-// etags make MD5 sums. Where several large bodies come at once, one goroutine makes their sums side by side, which is five times
-// as fast; for few or small ones it is slower, and has to be waited for.
-type etags struct {
-	large atomic.Int32
-	start func() md5simd.Server
-	used  atomic.Bool
-}
+// etags make MD5 sums: those of large bodies side by side.
+type etags struct{ lanes lanes }
 
-const (
-	largeBody  = 1 << 20
-	sideBySide = 3
-)
-
-func newEtags() *etags { return &etags{start: sync.OnceValue(md5simd.NewServer)} }
+const largeBody = 1 << 20
 
 // open returns a sum for a body of about that size, and what ends it.
 func (e *etags) open(size int64) (hash.Hash, func()) {
 	if size < largeBody {
 		return md5.New(), func() {}
 	}
-	if e.large.Add(1) < sideBySide {
-		return md5.New(), func() { e.large.Add(-1) }
-	}
-	e.used.Store(true)
-	h := e.start().NewHash()
-	return h, func() { h.Close(); e.large.Add(-1) }
-}
-
-func (e *etags) close() {
-	if e.used.Load() {
-		e.start().Close()
-	}
+	return e.lanes.hash()
 }
 
 // source reads what a client sends, and makes the sums of it.
