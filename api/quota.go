@@ -108,7 +108,8 @@ type used struct {
 	blobs int
 }
 
-// openUsage reads what is stored. Blobs that are gone (an operator made room) cost nobody anything any more.
+// openUsage reads what is stored. Blobs that are gone (an operator made room) cost nobody anything any more. As long as the
+// store cannot tell (store.ErrBusy), what is written down is taken for stored.
 func openUsage(home string, blobs store.Blobs, q Quota, grid identity.AccountID) (_ *usage, err error) {
 	u := &usage{q: q.filled(), grid: grid, have: map[store.Digest]bool{}, by: map[identity.AccountID]*used{}}
 	path := filepath.Join(home, storedFile)
@@ -117,11 +118,13 @@ func openUsage(home string, blobs store.Blobs, q Quota, grid identity.AccountID)
 			err = fmt.Errorf("read who stored what from %s: %w", path, err)
 		}
 	}()
-	if err := blobs.Each(func(d store.Digest, size int64) error {
+	err = blobs.Each(func(d store.Digest, size int64) error {
 		u.have[d] = true
 		u.bytes += size
 		return nil
-	}); err != nil {
+	})
+	unknown := errors.Is(err, store.ErrBusy)
+	if err != nil && !unknown {
 		return nil, err
 	}
 	u.blobs = len(u.have)
@@ -136,10 +139,14 @@ func openUsage(home string, blobs store.Blobs, q Quota, grid identity.AccountID)
 	out := []byte(storedFormat)
 	seen := map[store.Digest]bool{}
 	for _, r := range all {
-		if !u.have[r.digest] || seen[r.digest] {
+		if seen[r.digest] || !u.have[r.digest] && !unknown {
 			continue
 		}
-		seen[r.digest] = true
+		if seen[r.digest] = true; !u.have[r.digest] {
+			u.have[r.digest] = true
+			u.bytes += r.size
+			u.blobs++
+		}
 		a := u.of(r.account)
 		a.bytes += r.size
 		a.blobs++

@@ -8,6 +8,7 @@
 //	GET  /v1/reports        the latest heartbeat of every node, as it was signed: CBOR array of byte strings
 //	HEAD,GET /v1/blob/HEX   a sealed blob, by SHA-256
 //	PUT  /v1/blob/HEX       stores one; signed by a device of an account (package access)
+//	GET  /v1/store          where blobs are: BlobPlace in CBOR, the validator's own word
 //	GET  /v1/genesis        the genesis document, whose digest is the grid's ID
 //	POST /v1/node/pending   a machine asks to be admitted (ledger.NodeAdmit), signed by the key that it would have as a node
 //	GET  /v1/node/pending   who asks: CBOR array of byte strings
@@ -49,6 +50,7 @@ type ValidatorConfig struct {
 	API      net.Listener
 	TLS      tls.Certificate
 	Blobs    store.Blobs
+	Where    func() BlobPlace // nil: nothing is known of them
 	Quota    Quota
 	Timeouts comet.Timeouts // zero is the lab's
 	Idle     time.Duration  // how long a request or an answer may stand still; 0 means 30 s
@@ -117,6 +119,7 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 			"GET /v1/reports":       http.HandlerFunc(v.reports),
 			"GET /v1/blob/{digest}": http.HandlerFunc(v.getBlob), // and HEAD
 			"PUT /v1/blob/{digest}": http.HandlerFunc(v.putBlob),
+			"GET /v1/store":         http.HandlerFunc(v.blobPlace),
 			"GET /v1/genesis":       http.HandlerFunc(v.serveGenesis),
 			"POST /v1/node/pending": http.HandlerFunc(v.announce),
 			"GET /v1/node/pending":  http.HandlerFunc(v.listPending),
@@ -379,8 +382,11 @@ func (v *Validator) getBlob(w http.ResponseWriter, r *http.Request) {
 	body, size, err := v.cfg.Blobs.Open(r.Context(), d)
 	if err != nil {
 		code := http.StatusInternalServerError
-		if errors.Is(err, store.ErrAbsent) {
+		switch {
+		case errors.Is(err, store.ErrAbsent):
 			code = http.StatusNotFound
+		case errors.Is(err, store.ErrBusy):
+			code = http.StatusServiceUnavailable
 		}
 		http.Error(w, err.Error(), code)
 		return
@@ -431,6 +437,8 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case errors.Is(err, syscall.ENOSPC):
 			code, err = http.StatusInsufficientStorage, errors.New("the disk of the grid's store is full; its operator must make room there")
+		case errors.Is(err, store.ErrBusy):
+			code = http.StatusServiceUnavailable
 		case errors.Is(err, errQuota):
 			code = http.StatusInsufficientStorage
 		case errors.Is(err, store.ErrDigest):

@@ -22,7 +22,8 @@ type Heartbeat struct {
 	Node      identity.NodeID `cbor:"2,keyasint"`
 	Sequence  uint64          `cbor:"3,keyasint"` // grows: Unix nanoseconds of the node's clock
 	Workloads []Report        `cbor:"4,keyasint,omitempty"`
-	Signature []byte          `cbor:"5,keyasint,omitempty"` // Ed25519, over all of the above
+	Signature []byte          `cbor:"5,keyasint,omitempty"` // Ed25519, over all else
+	Stored    uint64          `cbor:"6,keyasint,omitempty"` // bytes that the node's location keeps
 }
 
 // States of a workload, as its node sees it.

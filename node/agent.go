@@ -2,9 +2,10 @@
 // with what runs, and acts: overlay networks, volumes, sandboxes, and the routes that its Origin serves to gateways. It
 // is the only translator between a contract's words and those of the rooms below.
 //
-// It pulls; nothing is pushed to it and nothing reaches it from outside: it dials validators and gateways, and its
+// It pulls; nothing is pushed to it and nothing reaches it from outside the grid: it dials validators and gateways, and its
 // firewall drops the rest. What it starts outlives it: sandboxes, their watchdogs and volume servers go on when the
-// agent dies, and the next agent adopts them. On disk it keeps sealed blobs, encrypted volumes and its key, nothing else.
+// agent dies, and the next agent adopts them. On disk it keeps sealed blobs, encrypted volumes, shards of stores, and its
+// key, nothing else. The location that keeps the shards listens in the system network, where validators and nodes are.
 package node
 
 import (
@@ -36,6 +37,7 @@ import (
 	"holdfast/sandbox"
 	"holdfast/seal"
 	"holdfast/store"
+	"holdfast/store/location"
 	"holdfast/volume"
 
 	"golang.org/x/sync/errgroup"
@@ -72,11 +74,16 @@ type Agent struct {
 	handler http.Handler
 	nonce   sync.Mutex // one transaction of this node at a time
 
+	// Of the view's loop alone.
+	locating bool // the location was started
+	without  int  // stores that it has no room for
+
 	unpacking sync.RWMutex // held for reading from the first layer until the controller keeps the image
 
 	mu       sync.Mutex
 	pruned   time.Time
 	current  *View
+	location *location.Server // nil while it does not run
 	bodies   map[contract.RevisionID]*opened
 	control  map[contract.WorkloadID]*controller
 	wanted   map[contract.WorkloadID]*Workload
@@ -216,7 +223,7 @@ func (a *Agent) heartbeats(ctx context.Context) error {
 	failing, full, cut := false, false, 0
 	for {
 		sent := bootTime()
-		h := &ledger.Heartbeat{Grid: a.client.Grid(), Node: a.cfg.Keys.ID, Sequence: uint64(time.Now().UnixNano()), Workloads: a.reports()}
+		h := &ledger.Heartbeat{Grid: a.client.Grid(), Node: a.cfg.Keys.ID, Sequence: uint64(time.Now().UnixNano()), Workloads: a.reports(), Stored: a.stored()}
 		if n := fit(h, ledger.MaxHeartbeat); n != cut {
 			a.log.Warn("more workloads than a heartbeat holds", "not reported", n)
 			cut = n
@@ -292,6 +299,7 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
+	v.Validators = a.client.Genesis().Validators
 	var errs []error
 	// A contract that cannot be read now goes on as it was read last.
 	for id, err := range v.Unread {
@@ -325,10 +333,14 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	for _, p := range s.meshes[0].Peers {
 		members = append(members, p.Addrs[0].Addr())
 	}
-	fw.Access = []overlay.Access{{Interface: s.meshes[0].Name, Sources: members}} // nothing listens there yet: no ports
+	fw.Access = []overlay.Access{{Interface: s.meshes[0].Name, Sources: members}}
+	if v.Self.Storage > 0 {
+		fw.Access[0].Ports = []uint16{PortLocation}
+	}
 	if err := fw.Apply(); err != nil {
 		errs = append(errs, fmt.Errorf("firewall: %w", err))
 	}
+	errs = append(errs, a.setLocation(v))
 	a.setWorkloads(s.workloads, adoptable(running))
 	errs = append(errs, a.sweep(ctx))
 	a.setEdges(v)
@@ -685,7 +697,7 @@ func (a *Agent) setMeshes(s *specs) error {
 		if run == nil {
 			n, err := overlay.New(overlay.Config{
 				Network: m.Network, Name: m.Name, Port: m.Port, PrivateKey: a.cfg.Keys.WireGuard, Self: m.Self,
-				Dir: a.netDir(), InMain: m.Name == "sys", Log: a.log,
+				Dir: a.netDir(), InMain: m.Name == systemName, Log: a.log,
 			})
 			if err != nil {
 				errs = append(errs, err)

@@ -1,8 +1,10 @@
 package node
 
 import (
+	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"holdfast/ledger"
 	"holdfast/overlay"
 	"holdfast/sandbox"
+	"holdfast/store/location"
 )
 
 func TestDecide(t *testing.T) {
@@ -147,7 +150,7 @@ func TestKeysDeriveFromOneSeed(t *testing.T) {
 	if err != nil || a.ID != b.ID || a.WireGuard != b.WireGuard {
 		t.Fatalf("loaded again it is another node: %v", err)
 	}
-	adm, err := a.Admission(identity.GridID{1}, identity.FarmID{2}, "node-1", nil, 1, 1)
+	adm, err := a.Admission(identity.GridID{1}, identity.FarmID{2}, "node-1", nil, Offer{CPUMilli: 1, Memory: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -279,5 +282,66 @@ func TestOnlyTheAssignedNodeSpeaksOfAWorkload(t *testing.T) {
 		if from := f(&r); assignedTo(c, from, &r) {
 			t.Errorf("%s is believed", what)
 		}
+	}
+}
+
+func TestWhoKeepsTheGridsBlobs(t *testing.T) {
+	at := func(farm string, up bool) Place { return Place{Node: "n-" + farm, Farm: farm, Up: up} }
+	all := func(up ...bool) (out []Place) {
+		for i, u := range up {
+			out = append(out, at(fmt.Sprint("farm-", i), u))
+		}
+		return out
+	}
+	for name, c := range map[string]struct {
+		begun  bool
+		places []Place
+		opens  int // with so many; 0: not
+	}{
+		"nobody offers anything":                               {false, nil, 0},
+		"a new one begins on six farms":                        {false, all(true, true, true, true, true, true), 6},
+		"a new one does not begin with a shard short":          {false, all(true, true, true, true, true, false), 0},
+		"six locations on five farms are five farms":           {false, append(all(true, true, true, true, true), at("farm-0", true)), 0},
+		"one that is in use opens without a farm":              {true, all(true, true, true, true, true, false), 6},
+		"one that is in use does not open when none can write": {true, all(true, true, true, true, false, false), 0},
+	} {
+		use, why := choose(c.begun, c.places)
+		if len(use) != c.opens || (why == "") != (c.opens > 0) {
+			t.Errorf("%s: %d locations, %q", name, len(use), why)
+		}
+	}
+}
+
+func TestANodePromisesNoMoreThanItOffers(t *testing.T) {
+	id := func(b byte) contract.ID { return contract.ID{b} }
+	stores := []*ledger.Store{{FrontEnd: [32]byte{1}, Recovery: [32]byte{2}, Limit: 60}, {Contract: id(1), FrontEnd: [32]byte{3}, Recovery: [32]byte{4}, Limit: 60}, {Contract: id(2), FrontEnd: [32]byte{5}, Recovery: [32]byte{6}, Limit: 60}}
+	got, without := hostedStores(&ledger.Node{Storage: 100}, stores)
+	if len(got) != 2 || got[0].Quota.Bytes != 60 || got[1].Quota.Bytes != 40 || !slices.Equal(without, []contract.ID{id(2)}) {
+		t.Errorf("%+v, without %v", got, without)
+	}
+	if got[0].Name != "grid" || got[1].Name == got[0].Name {
+		t.Errorf("%q and %q", got[0].Name, got[1].Name)
+	}
+	for _, k := range got[0].Keys {
+		if k.Pin == [32]byte{1} && k.Rights&location.Recover != 0 || k.Pin == [32]byte{2} && k.Rights != location.Recover {
+			t.Errorf("the rights of %v: %v", k.Pin, k.Rights)
+		}
+	}
+}
+
+// What a validator's key in the genesis makes of it: a member that nodes know, at an address that no node has.
+func TestTheSystemNetworkHasValidators(t *testing.T) {
+	nodes := []*ledger.Node{{ID: identity.NodeID{1}, WireGuard: [32]byte{1}, Endpoints: []string{"2001:db8::1"}}, {ID: identity.NodeID{2}, WireGuard: [32]byte{2}}}
+	validators := []ledger.Validator{{Name: "a"}, {Name: "b", WireGuard: [32]byte{9}, Endpoints: []string{"2001:db8::9"}}}
+	fromNode, fromValidator := systemPeers(identity.GridID{7}, nodes, validators, [32]byte{1}), systemPeers(identity.GridID{7}, nodes, validators, [32]byte{9})
+	if len(fromNode) != 2 || len(fromValidator) != 2 || fromNode[1].PublicKey != [32]byte{9} || fromNode[1].Endpoint.Port() != basePort {
+		t.Errorf("a node has %+v, the validator %+v", fromNode, fromValidator)
+	}
+	seen := map[netip.Prefix]bool{}
+	for _, p := range append(fromNode[:2:2], fromValidator[0]) {
+		if seen[p.Addrs[0].Prefix] {
+			t.Errorf("%v is taken twice", p.Addrs[0].Prefix)
+		}
+		seen[p.Addrs[0].Prefix] = true
 	}
 }

@@ -26,7 +26,9 @@ type JoinConfig struct {
 	Keys   *Keys
 	Farm   identity.FarmID
 	Name   string // "" is the short form of the node's ID
-	Log    *slog.Logger
+	// Storage is how many bytes the machine offers to stores; its cores and its memory it offers all.
+	Storage uint64
+	Log     *slog.Logger
 
 	Endpoints func() ([]string, error) // where peers reach the machine; nil asks the kernel
 	Every     time.Duration            // between two announcements; 0 means 10 s
@@ -106,7 +108,7 @@ func (j *joiner) announce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a, err := j.Keys.Admission(j.Client.Grid(), j.Farm, j.Name, eps, cpu, memory)
+	a, err := j.Keys.Admission(j.Client.Grid(), j.Farm, j.Name, eps, Offer{cpu, memory, j.Storage})
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ import (
 
 	"holdfast/identity"
 	"holdfast/ledger"
+	"holdfast/store/location"
 )
 
 // Keys are all of a node's keys. They derive from one seed in one file; until a TPM seals it, whoever has the file is
@@ -30,6 +31,7 @@ type Keys struct {
 	Session   ed25519.PrivateKey // signs heartbeats
 	WireGuard [32]byte           // X25519 private key
 	TLS       tls.Certificate    // of the node's end of tunnels and of its log service; pinned by the ledger
+	Location  location.Seed      // of the location's TLS key
 	ID        identity.NodeID
 }
 
@@ -70,7 +72,7 @@ func makeSeed(file string) ([]byte, error) {
 // DeriveKeys derives a node's keys from its seed.
 func DeriveKeys(seed [identity.SeedSize]byte) (*Keys, error) {
 	part := func(label string) [32]byte { return [32]byte(identity.Derive(seed[:], "holdfast/node/"+label+"/v1")) }
-	k := &Keys{Sign: identity.NewKey(part("sign")), WireGuard: part("wireguard")}
+	k := &Keys{Sign: identity.NewKey(part("sign")), WireGuard: part("wireguard"), Location: part("location")}
 	pub := k.Sign.Public()
 	k.ID = pub.Node()
 	s := part("session")
@@ -107,8 +109,15 @@ func selfSigned(key ed25519.PrivateKey, name string) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }
 
+// Offer is what a machine has for others.
+type Offer struct {
+	CPUMilli uint32
+	Memory   uint64 // bytes
+	Storage  uint64 // bytes that it keeps for stores; 0: it is no location
+}
+
 // Admission is what the owner of a farm submits to admit this node, with the node's proof that it agrees.
-func (k *Keys) Admission(grid identity.GridID, farm identity.FarmID, name string, endpoints []string, cpuMilli uint32, memory uint64) (*ledger.NodeAdmit, error) {
+func (k *Keys) Admission(grid identity.GridID, farm identity.FarmID, name string, endpoints []string, o Offer) (*ledger.NodeAdmit, error) {
 	wg, err := ecdh.X25519().NewPrivateKey(k.WireGuard[:])
 	if err != nil {
 		return nil, fmt.Errorf("wireguard key: %w", err)
@@ -116,7 +125,14 @@ func (k *Keys) Admission(grid identity.GridID, farm identity.FarmID, name string
 	a := &ledger.NodeAdmit{
 		Farm: farm, Name: name, Key: k.Sign.Public(), Sealing: k.Open.Public(), WireGuard: [32]byte(wg.PublicKey().Bytes()),
 		TLS: sha256.Sum256(k.TLS.Leaf.RawSubjectPublicKeyInfo), Session: [32]byte(k.Session.Public().(ed25519.PublicKey)),
-		Endpoints: endpoints, CPUMilli: cpuMilli, Memory: memory,
+		Endpoints: endpoints, CPUMilli: o.CPUMilli, Memory: o.Memory, Storage: o.Storage,
+	}
+	if o.Storage > 0 {
+		pin, err := location.PinOf(k.Location)
+		if err != nil {
+			return nil, fmt.Errorf("location key: %w", err)
+		}
+		a.Location = pin
 	}
 	a.Proof = k.Sign.Sign(ledger.NodeAdmitPurpose, a.ProofBytes(grid))
 	return a, nil

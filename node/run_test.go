@@ -59,7 +59,7 @@ func TestAnAgentRunsOnAFullTmpfs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	adm, err := cfg.Keys.Admission(client.Grid(), identity.FarmID(farm.ID()), "node-1", nil, 1000, 1<<30)
+	adm, err := cfg.Keys.Admission(client.Grid(), identity.FarmID(farm.ID()), "node-1", nil, Offer{CPUMilli: 1000, Memory: 1 << 30})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,9 @@ type View struct {
 	Gateways  []*ledger.Gateway
 	Contracts []*ContractView       // those with a workload here
 	Unread    map[contract.ID]error // those of them whose records could not be read, with why
+
+	Validators []ledger.Validator // as in the genesis
+	Stores     []*ledger.Store    // what a location serves; read if this node is one
 }
 
 // ContractView is one contract at its current revision.
@@ -54,6 +57,11 @@ func ReadView(ctx context.Context, r api.Reader, grid identity.GridID, self iden
 	v.Self = v.Nodes[i]
 	if v.Gateways, err = api.List[identity.GatewayID, ledger.Gateway](ctx, r, ledger.GatewaysKey, ledger.GatewayKey); err != nil {
 		return nil, err
+	}
+	if v.Self.Storage > 0 {
+		if v.Stores, err = api.List[contract.ID, ledger.Store](ctx, r, ledger.StoresKey, ledger.StoreKey); err != nil {
+			return nil, err
+		}
 	}
 	ids, err := api.Get[[]contract.ID](ctx, r, ledger.NodeWorkKey(self))
 	if errors.Is(err, ledger.ErrAbsent) {
@@ -186,8 +194,8 @@ func preShared(secret [32]byte, a, b [32]byte) [32]byte {
 	return canonical.Digest("holdfast/psk/v1", secret[:], a[:], b[:])
 }
 
-func endpoint(n *ledger.Node, port uint16) netip.AddrPort {
-	for _, e := range n.Endpoints {
+func endpoint(endpoints []string, port uint16) netip.AddrPort {
+	for _, e := range endpoints {
 		if a, err := netip.ParseAddr(e); err == nil {
 			return netip.AddrPortFrom(a, port)
 		}
@@ -195,16 +203,33 @@ func endpoint(n *ledger.Node, port uint16) netip.AddrPort {
 	return netip.AddrPort{} // it calls us
 }
 
-// systemMesh is the system network: every node, no workloads.
+// systemName names the system network's interface.
+const systemName = "sys"
+
+// systemMesh is the system network: every node and every validator that has a key for it, no workloads.
 func systemMesh(v *View) Mesh {
 	id := SystemNetwork(v.Grid)
-	m := Mesh{Network: id, Name: "sys", Port: basePort, Self: overlay.Addr(id, v.Self.ID)}
-	for _, n := range v.Nodes {
-		if n.ID != v.Self.ID {
-			m.Peers = append(m.Peers, overlay.Peer{PublicKey: n.WireGuard, Endpoint: endpoint(n, basePort), Addrs: []overlay.Address{{Prefix: host(overlay.Addr(id, n.ID))}}})
+	return Mesh{Network: id, Name: systemName, Port: basePort, Self: overlay.Addr(id, v.Self.ID), Peers: systemPeers(v.Grid, v.Nodes, v.Validators, v.Self.WireGuard)}
+}
+
+// systemPeers are the members of the system network but the one with the key self.
+func systemPeers(grid identity.GridID, nodes []*ledger.Node, validators []ledger.Validator, self [32]byte) []overlay.Peer {
+	id := SystemNetwork(grid)
+	var out []overlay.Peer
+	add := func(key [32]byte, endpoints []string, addr netip.Addr) {
+		if key != self {
+			out = append(out, overlay.Peer{PublicKey: key, Endpoint: endpoint(endpoints, basePort), Addrs: []overlay.Address{{Prefix: host(addr)}}})
 		}
 	}
-	return m
+	for _, n := range nodes {
+		add(n.WireGuard, n.Endpoints, overlay.Addr(id, n.ID))
+	}
+	for _, v := range validators {
+		if v.WireGuard != ([32]byte{}) {
+			add(v.WireGuard, v.Endpoints, overlay.Addr(id, v.WireGuard)) // no node's ID, which is a digest
+		}
+	}
+	return out
 }
 
 // meshName names a network's interfaces: they take 15 characters.
@@ -250,7 +275,7 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 			if list := addrs[n.ID]; list != nil && n.ID != v.Self.ID {
 				m.Peers = append(m.Peers, overlay.Peer{
 					PublicKey: n.WireGuard, PresharedKey: preShared(keys.Networks[name], v.Self.WireGuard, n.WireGuard),
-					Endpoint: endpoint(n, m.Port), Addrs: append(list, overlay.Address{Prefix: host(overlay.Addr(id, n.ID))}),
+					Endpoint: endpoint(n.Endpoints, m.Port), Addrs: append(list, overlay.Address{Prefix: host(overlay.Addr(id, n.ID))}),
 				})
 			}
 		}

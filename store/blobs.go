@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 )
 
 // Digest is the SHA-256 of the stored bytes.
@@ -349,40 +350,63 @@ func (s *Bodies) Each(f func(d Digest, size int64) error) error {
 }
 
 // Moving keeps blobs in a directory as long as there is no dispersed store, and moves them there when there is. Once that
-// has begun, a blob that is not in the directory may be in the store: while the store is not open nobody can tell, and who
-// asks gets ErrBusy.
+// has begun, a blob that is not in the directory may be in the store: while the store is not open nobody can tell. Who asks
+// waits for it a while, and then gets ErrBusy.
 type Moving struct {
-	dir    *Dir
-	limit  int64
-	moving sync.Mutex
+	dir      *Dir
+	limit    int64
+	patience time.Duration
+	moving   sync.Mutex
 
-	mu    sync.RWMutex
+	mu    sync.Mutex
 	begun bool
-	to    *Bodies // nil: it is not open
+	to    *Bodies       // nil: it is not open
+	open  chan struct{} // closed while it is
 }
 
 // NewMoving begins with a directory. begun says that a store has been used before.
 func NewMoving(dir *Dir, limit int64, begun bool) *Moving {
-	return &Moving{dir: dir, limit: limit, begun: begun}
+	return &Moving{dir: dir, limit: limit, begun: begun, patience: 15 * time.Second, open: make(chan struct{})}
 }
 
 // Use makes o the store from now on; nil says that it is not open.
 func (m *Moving) Use(o Objects) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.to != nil {
+		m.open = make(chan struct{})
+	}
 	if m.to = nil; o != nil {
 		m.to, m.begun = NewBodies(o, m.limit), true
+		close(m.open)
 	}
 }
 
 // now is the store, nil if there never was one.
 func (m *Moving) now() (*Bodies, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.to == nil && m.begun {
 		return nil, fmt.Errorf("the dispersed store is not open: %w", ErrBusy)
 	}
 	return m.to, nil
+}
+
+// soon is now, or a little later.
+func (m *Moving) soon(ctx context.Context) (*Bodies, error) {
+	to, err := m.now()
+	if err == nil {
+		return to, nil
+	}
+	m.mu.Lock()
+	open := m.open
+	m.mu.Unlock()
+	select {
+	case <-open:
+	case <-ctx.Done():
+	case <-time.After(m.patience):
+	}
+	return m.now()
 }
 
 // Move brings what is in the directory into the store, and removes it there when it was read back. It returns what could
@@ -445,7 +469,7 @@ func (m *Moving) Has(ctx context.Context, d Digest) (bool, error) {
 	if have, err := m.dir.Has(ctx, d); err != nil || have {
 		return have, err
 	}
-	to, err := m.now()
+	to, err := m.soon(ctx)
 	if err != nil || to == nil {
 		return false, err
 	}
@@ -466,7 +490,7 @@ func (m *Moving) Open(ctx context.Context, d Digest) (io.ReadCloser, int64, erro
 	if !errors.Is(err, ErrAbsent) {
 		return r, n, err
 	}
-	to, busy := m.now()
+	to, busy := m.soon(ctx)
 	switch {
 	case busy != nil:
 		return nil, 0, fmt.Errorf("%v: %w", d, busy)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 // TestBlobs is the suite of what every place of blobs does.
@@ -88,6 +89,7 @@ func TestMovingGoesOverToTheStore(t *testing.T) {
 	ctx := t.Context()
 	dir := NewDir(filepath.Join(t.TempDir(), "blobs"), 1<<20)
 	m := NewMoving(dir, 1<<20, false)
+	m.patience = time.Millisecond
 	put := func(n int) Digest {
 		data := bytes.Repeat([]byte{byte(n)}, n)
 		d := Digest(sha256.Sum256(data))
@@ -159,11 +161,17 @@ func TestMovingGoesOverToTheStore(t *testing.T) {
 	if _, err := m.Has(ctx, small); !errors.Is(err, ErrBusy) {
 		t.Errorf("has while the store is not open: %v", err)
 	}
+	m.patience = time.Minute
+	waited := make(chan error, 1)
+	go func() { waited <- read(small) }()
 	late := put(400)
 	if err := read(late); err != nil {
 		t.Errorf("what comes meanwhile: %v", err)
 	}
 	m.Use(s)
+	if err := <-waited; err != nil {
+		t.Errorf("who waited for the store: %v", err)
+	}
 	if _, err := m.Move(ctx); err != nil {
 		t.Fatal(err)
 	}

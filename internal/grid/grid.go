@@ -413,7 +413,7 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 		for _, p := range top.Addresses(*g.nodeLink(i)) {
 			eps = append(eps, p.Addr().String())
 		}
-		a, err := keys.Admission(c.Grid(), ids[i%Farms], name, eps, cpu, mem)
+		a, err := keys.Admission(c.Grid(), ids[i%Farms], name, eps, node.Offer{CPUMilli: cpu, Memory: mem})
 		if err != nil {
 			return err
 		}

@@ -197,6 +197,18 @@ func (s *Server) SetStores(stores []Store) error {
 	return errors.Join(errs...)
 }
 
+// Used is how many bytes all stores keep here, held ones included.
+func (s *Server) Used() (n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.stores {
+		h.dir.mu.RLock()
+		n += h.dir.bytes
+		h.dir.mu.RUnlock()
+	}
+	return n
+}
+
 // host opens a store's directory. s.setting is held.
 func (s *Server) host(st Store) (*hosted, error) {
 	root := filepath.Join(s.cfg.Path, "stores")
