@@ -596,8 +596,13 @@ func (s *Store) seal() error {
 		s.sealed = true
 		return nil
 	}
+	patience := askLate
 	err := s.insist("seal the log", func() error {
-		if err := s.mend(s.life, s.last); err != nil {
+		// A place that is silent is waited for only if it does not go without.
+		ctx, cancel := context.WithTimeout(s.life, patience)
+		defer cancel()
+		patience = min(2*patience, lateLimit)
+		if err := s.mend(ctx, s.last); err != nil {
 			return err
 		}
 		s.heads++

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -72,20 +73,30 @@ func (a *answer) older(epoch location.Epoch, seq uint64) bool {
 	return a.head.Epoch < epoch || a.head.Epoch == epoch && a.head.Sequence < seq
 }
 
-// ask calls f for every member at once. Who does not answer in time has not answered.
+// ask calls f for every member at once. Who does not answer in time has not answered, and so has who is late when a quorum
+// has long answered: one place that is silent keeps nobody waiting.
 func (s *Store) ask(ctx context.Context, f func(context.Context, *answer) error) []*answer {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
 	members := s.used()
 	all := make([]*answer, len(members))
 	var wg sync.WaitGroup
+	var answered atomic.Int64
 	for i, m := range members {
 		all[i] = &answer{Member: m.Member}
-		wg.Go(func() { all[i].err = f(ctx, all[i]) })
+		wg.Go(func() {
+			all[i].err = f(ctx, all[i])
+			if all[i].err == nil && answered.Add(1) == int64(quorum(s.scheme)) {
+				time.AfterFunc(askLate, cancel)
+			}
+		})
 	}
 	wg.Wait()
 	return all
 }
+
+// askLate is how long who is late is waited for when a quorum has answered.
+const askLate = 2 * time.Second
 
 // recover finds the end of the log, and brings the database there.
 func (s *Store) recover(ctx context.Context) error {

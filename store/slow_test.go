@@ -202,3 +202,26 @@ func TestAnUpdateWaitsInALongQueue(t *testing.T) {
 		t.Errorf("all took %v: nobody waited", took)
 	}
 }
+
+// A location whose cable is out when a front end starts: it takes none of the time that who writes first has.
+func TestASilentPlaceHoldsUpNoStart(t *testing.T) {
+	b := newBed(t, 4, 6)
+	s := b.open()
+	if err := set(t.Context(), s, "a", "b"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b.faults[2].set(func(ctx context.Context, _ string) error { <-ctx.Done(); return ctx.Err() }, nil)
+	for name, start := range map[string]func() *Store{"opened": b.open, "restored": b.restored} {
+		s := start()
+		if err := set(t.Context(), s, "a", name); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got := value(t, s, "a"); got != name {
+			t.Errorf("%s: %q", name, got)
+		}
+		s.Close()
+	}
+}
