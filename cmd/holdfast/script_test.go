@@ -227,7 +227,7 @@ func startMachine(ts *testscript.TestScript, _ bool, args []string) {
 	g.nodes++
 	keys, err := node.DeriveKeys([identity.SeedSize]byte{g.nodes})
 	ts.Check(err)
-	a, err := keys.Admission(g.client.Grid(), g.farms[args[2]], args[1], []string{"2001:db8::9"}, 2000, 4<<30)
+	a, err := keys.Admission(g.client.Grid(), g.farms[args[2]], args[1], []string{"2001:db8::9"}, node.Offer{CPUMilli: 2000, Memory: 4 << 30})
 	ts.Check(err)
 	ts.Check(g.client.Announce(g.Context(), a))
 	ts.Setenv(args[0], keys.ID.String())
