@@ -42,6 +42,8 @@ type Process struct {
 	Expose      []uint16          `cbor:"22,keyasint,omitempty"`
 	Hostname    string            `cbor:"23,keyasint,omitempty"`
 	Aliases     []string          `cbor:"24,keyasint,omitempty"` // further names on its networks
+	FrontEnd    *FrontEnd         `cbor:"25,keyasint,omitempty"` // of the contract's store; nil: an image runs
+	Buckets     []string          `cbor:"26,keyasint,omitempty"` // that it gets, in its environment
 }
 
 // Image names an OCI image by digest, and where each of its blobs lies sealed.
@@ -184,8 +186,10 @@ func (b *Body) Validate(h *Header) error {
 		if p.Name != s.Name {
 			return fmt.Errorf("service %d is %q, in the header it is %q", i, p.Name, s.Name)
 		}
-		if err := p.Image.validate(); err != nil {
-			return fmt.Errorf("service %q: image: %w", p.Name, err)
+		if p.FrontEnd == nil {
+			if err := p.Image.validate(); err != nil {
+				return fmt.Errorf("service %q: image: %w", p.Name, err)
+			}
 		}
 		if err := p.validate(h, s); err != nil {
 			return fmt.Errorf("service %q: %w", p.Name, err)

@@ -301,8 +301,9 @@ func supported(section string) []string {
 		"network":      {"driver"},
 		"config":       {"file", "content", "environment"},
 		"secret":       {"file", "environment"},
-		"x file":       {"routes", "placement"},
-		"x svc":        {"placement", "egress"},
+		"x file":       {"routes", "placement", "buckets", "storage"},
+		"bucket":       {"versioning"},
+		"x svc":        {"placement", "egress", "buckets"},
 		"x vol":        {"size"},
 		"route":        {"host", "service", "port"},
 		"place":        {"spread", "farms", "nodes"},
@@ -468,6 +469,9 @@ func (l *composer) check() error {
 	if err := l.checkPlacement(child(x, "placement"), "x-holdfast.placement"); err != nil {
 		return err
 	}
+	if err := l.checkBuckets(x); err != nil {
+		return err
+	}
 	for _, s := range []struct {
 		section, kind string
 		drivers       []string
@@ -575,8 +579,10 @@ func (l *composer) checkService(name, s *yaml.Node) error {
 	if err := l.checkPlacement(child(x, "placement"), what+": x-holdfast.placement"); err != nil {
 		return err
 	}
-	if err := shape(child(x, "egress"), yaml.SequenceNode, what+": x-holdfast.egress"); err != nil {
-		return err
+	for _, key := range []string{"egress", "buckets"} {
+		if err := shape(child(x, key), yaml.SequenceNode, what+": x-holdfast."+key); err != nil {
+			return err
+		}
 	}
 	for _, sub := range [][2]string{{"env_file", "env_file"}, {"configs", "grant"}, {"secrets", "grant"}} {
 		for _, e := range items(child(s, sub[0])) {

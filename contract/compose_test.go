@@ -277,7 +277,16 @@ func signable(t testing.TB, d *Document) (*Header, *Body) {
 	b.Services = slices.Clone(b.Services)
 	for i := range b.Services {
 		m := "sha256:" + strings.Repeat(fmt.Sprint(i%10), 64)
+		if b.Services[i].FrontEnd != nil {
+			continue
+		}
 		b.Services[i].Image = Image{Reference: b.Services[i].Image.Reference, Manifest: m, Blobs: []Blob{{Digest: m, Size: 1}}}
+	}
+	if h.Store != (Store{}) {
+		bound := *d
+		bound.Header, bound.Body = h, b
+		bound.Bind(Store{FrontEnd: [32]byte{3}, Recovery: [32]byte{4}}, FrontEnd{Store: [32]byte{5}, Keys: []byte("k"), Access: "access-key-of-16", Secret: "secret-key-of-16"})
+		h, b = bound.Header, bound.Body
 	}
 	return &h, &b
 }

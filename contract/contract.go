@@ -88,6 +88,8 @@ type Header struct {
 	SealedSize     uint32   `cbor:"13,keyasint" json:"sealedSize"`
 	BodyCommitment [32]byte `cbor:"14,keyasint" json:"-"`
 	KeyCommitment  [32]byte `cbor:"15,keyasint" json:"-"`
+
+	Store Store `cbor:"16,keyasint,omitzero" json:"store,omitzero"` // of its buckets; zero: it has none
 }
 
 // Service is what the grid must know of a service to place it and to bound it.

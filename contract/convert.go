@@ -95,6 +95,9 @@ func (l *composer) convert(p *types.Project) error {
 		b.Services = append(b.Services, *sb)
 		l.doc.Images[name] = s.Image
 	}
+	if err := l.buckets(top); err != nil {
+		return err
+	}
 	h.Networks = slices.Sorted(maps.Keys(networks))
 	for _, name := range slices.Sorted(maps.Keys(p.Volumes)) {
 		if owner[name] == "" {
@@ -120,8 +123,14 @@ func (l *composer) convert(p *types.Project) error {
 func (l *composer) rehearse() error {
 	h := l.doc.Header
 	h.Grid[0], h.Account[0], h.Revision, h.SealedSize = 1, 1, 1, overhead+1
+	if h.Store != (Store{}) {
+		h.Store.FrontEnd[0], h.Store.Recovery[0] = 1, 2
+	}
 	for i := range h.Services {
 		s, p := &h.Services[i], &l.doc.Body.Services[i]
+		if p.FrontEnd != nil {
+			continue // it has no keys yet; the rest is of this package
+		}
 		if err := s.validate(&h); err != nil {
 			return at(l.line(s.Name), "service %s: %v", s.Name, err)
 		}

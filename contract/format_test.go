@@ -54,6 +54,25 @@ func vectorContract() (*Header, *Keys, *Body) {
 	return h, k, b
 }
 
+// vectorStore is a contract with buckets, in which every field of these is set.
+func vectorStore() (*Header, *Keys, *Body) {
+	h, k, b := vectorContract()
+	h.Services = []Service{
+		{Name: "s3", Replicas: 1, CPUMilli: 500, Memory: 512 << 20, Pids: 512, Networks: []string{"default"}},
+		{Name: "web", Replicas: 1, CPUMilli: 250, Memory: 128 << 20, Pids: 100, Networks: []string{"default"}},
+	}
+	h.Volumes, h.Routes, h.Store = nil, nil, Store{fill32(0x30), fill32(0x31), 1 << 30}
+	b.Certificates = nil
+	b.Services = []Process{
+		{Name: "s3", Image: Image{Blobs: []Blob{}}, FrontEnd: &FrontEnd{fill32(0x32), []byte("keys"), "HFACCESS00000000", "secretsecretsecret", []Bucket{{"avatars", true}, {"uploads", false}}}},
+		{Name: "web", Image: b.Services[1].Image, Buckets: []string{"uploads"}},
+	}
+	if _, err := Seal(h, k, b); err != nil {
+		panic(err)
+	}
+	return h, k, b
+}
+
 // documented are the vectors of docs/formats/contract.md.
 func documented(t *testing.T) map[string][]byte {
 	t.Helper()
@@ -94,6 +113,16 @@ func TestTheFormatIsFrozen(t *testing.T) {
 		{"Header", h.Encode()}, {"RevisionID of the header", d32(h.RevisionID())}, {"ContractID of revision 1", d32(first.ContractID())},
 		{"NetworkID of default", d32(NetworkOf(id, "default"))}, {"VolumeID of data", d32(VolumeOf(id, "data"))}, {"WorkloadID of web 258", d32(WorkloadOf(id, "web", 258))},
 		{"Info of the envelope", e.info()},
+	}
+	sh, sk, sb := vectorStore()
+	got = append(got, []struct {
+		name string
+		b    []byte
+	}{{"Header with a store", sh.Encode()}, {"Body with a store", canonical.Encode(sb)}}...)
+	if stored, err := Seal(sh, sk, sb); err != nil {
+		t.Error(err)
+	} else if again, err := Open(sh, sk, stored); err != nil || !reflect.DeepEqual(again, sb) {
+		t.Errorf("%v\n%+v\n%+v", err, again, sb)
 	}
 	want := documented(t)
 	if name := os.Getenv("HOLDFAST_VECTORS"); name != "" {
@@ -154,7 +183,8 @@ func TestTheVectorSetsEveryField(t *testing.T) {
 			set[path] = set[path] || !v.IsZero()
 		}
 	}
-	for _, v := range []any{h, k, b} {
+	sh, sk, sb := vectorStore()
+	for _, v := range []any{h, k, b, sh, sk, sb} {
 		walk("", reflect.ValueOf(v))
 	}
 	if len(set) < 60 {

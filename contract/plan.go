@@ -161,12 +161,27 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 	for _, r := range h.Routes {
 		add("", "route "+r.Host, fmt.Sprintf("%s port %d", r.Service, r.Port))
 	}
+	if h.Store != (Store{}) {
+		add("", "storage on each location", bytesText(h.Store.Limit), h.Store.Limit)
+	}
 	for _, v := range h.Volumes {
 		add("", "volume "+v.Name, bytesText(v.Size), v.Size)
 	}
 	for i := range h.Services {
 		s, p := &h.Services[i], &b.Services[i]
-		add(s.Name, "image", imageText(&p.Image), p.Image.Reference, " ", p.Image.Manifest)
+		if p.FrontEnd == nil {
+			add(s.Name, "image", imageText(&p.Image), p.Image.Reference, " ", p.Image.Manifest)
+		} else {
+			add(s.Name, "program", "the front end of the contract's buckets")
+			for _, k := range p.FrontEnd.Buckets {
+				kind := "without versions"
+				if k.Versioning {
+					kind = "with versions"
+				}
+				add("", "bucket "+k.Name, kind)
+			}
+		}
+		add(s.Name, "buckets", strings.Join(p.Buckets, ", "))
 		add(s.Name, "replicas", fmt.Sprint(s.Replicas))
 		add(s.Name, "limits", fmt.Sprintf("%.3g cores, %s, %d processes", float64(s.CPUMilli)/1000, bytesText(s.Memory), s.Pids), s.CPUMilli, s.Memory, s.Pids)
 		add(s.Name, "placement", placementText(&s.Placement))

@@ -12,6 +12,9 @@ import (
 func TestRefused(t *testing.T) {
 	volumes := "volumes: {data: , more: }\n"
 	top := func(s string) string { return web("") + s }
+	buckets := func(name string) string {
+		return web("x-holdfast: {buckets: [up1]}") + "x-holdfast:\n  buckets:\n    " + name + ":\n"
+	}
 	for _, tc := range []struct {
 		name, compose string
 		want          string // of the message, behind the file's name
@@ -83,6 +86,24 @@ func TestRefused(t *testing.T) {
 		{"an unknown key of a healthcheck", web("healthcheck: {tset: x}"), `line 4: service web: healthcheck: "tset" is not supported`},
 		{"an unknown key of a limit", web("deploy: {resources: {limits: {memry: 1}}}"), `line 4: service web: deploy.resources.limits: "memry" is not supported; it can have cpus, memory, pids`},
 		{"an unknown key of x-holdfast", top("x-holdfast:\n  route: []\n"), `line 5: x-holdfast: "route" is not supported; it can have routes, placement`},
+		{"a bucket's name with a dot", buckets("a.b"), `line 7: bucket name "a.b": only a-z, 0-9 and inner - and _ are allowed`},
+		{"a bucket's name with _", buckets("a_b"), `line 7: bucket name "a_b": 3 to 63 of a-z, 0-9 and inner - are allowed`},
+		{"a bucket's name of two letters", buckets("ab"), `line 7: bucket name "ab": 3 to 63 of`},
+		{"buckets as a list", web("x-holdfast: {buckets: [up1]}") + "x-holdfast:\n  buckets: [up1]\n", `line 6: x-holdfast.buckets: it must be a mapping`},
+		{"a bucket that is a word", web("x-holdfast: {buckets: [up1]}") + "x-holdfast:\n  buckets:\n    up1: yes\n", `line 7: bucket up1: it must be a mapping`},
+		{"an unknown key of a bucket", web("x-holdfast: {buckets: [up1]}") + "x-holdfast:\n  buckets:\n    up1: {locked: true}\n", `line 7: bucket up1: "locked" is not supported; it can have versioning`},
+		{"versioning that is no yes or no", web("x-holdfast: {buckets: [up1]}") + "x-holdfast:\n  buckets:\n    up1: {versioning: 3}\n", `line 7: bucket up1: versioning is true or false`},
+		{"a bucket that is not declared", web("x-holdfast:\n  buckets: [up2]") + "x-holdfast:\n  buckets:\n    up1:\n", `line 5: service web: bucket "up2" is not there: name it under x-holdfast.buckets at the top of the file`},
+		{"a bucket of a service and none at the top", web("x-holdfast: {buckets: [up1]}"), `line 4: service web: bucket "up1" is not there`},
+		{"a service's buckets as a mapping", web("x-holdfast: {buckets: {up1: }}"), `line 4: service web: x-holdfast.buckets: it must be a list`},
+		{"buckets of nobody", top("x-holdfast:\n  buckets:\n    up1:\n"), `line 6: no service has a bucket: name them under x-holdfast.buckets of those that use them`},
+		{"a service with the buckets' name", web("x-holdfast: {buckets: [up1]}") + "  s3: {image: x}\nx-holdfast: {buckets: {up1: }}\n", `line 5: service s3: that is the name of the contract's buckets: give the service another`},
+		{"an alias with the buckets' name", web("x-holdfast: {buckets: [up1]}\nnetworks: {aa: {aliases: [s3]}}") + "networks: {aa: }\nx-holdfast: {buckets: {up1: }}\n", `line 5: service web: the alias s3 is the name of the contract's buckets: leave it out`},
+		{"buckets on two networks", web("x-holdfast: {buckets: [up1]}\nnetworks: [aa]") + "  web2:\n    image: x\n    x-holdfast: {buckets: [up1]}\n    networks: [bb]\nnetworks: {aa: , bb: }\nx-holdfast: {buckets: {up1: }}\n", `line 9: services web and web2 have buckets and are on two networks, aa and bb: put them on one`},
+		{"a variable that comes with buckets", web("x-holdfast: {buckets: [up1]}\nenvironment: {AWS_REGION: x}") + "x-holdfast: {buckets: {up1: }}\n", `line 5: service web: environment: AWS_REGION comes with x-holdfast.buckets: leave it out`},
+		{"storage without buckets", top("x-holdfast: {storage: 1GiB}\n"), `line 4: x-holdfast.storage is of buckets, and there are none`},
+		{"storage that is no size", web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: }, storage: big}\n", `line 5: x-holdfast.storage "big": write what a location keeps at most like 4GiB, at least 64MiB`},
+		{"too little storage", web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: }, storage: 1MiB}\n", `line 5: x-holdfast.storage "1MiB"`},
 		{"an unknown key of a route", top("x-holdfast:\n  routes:\n    - {host: a.localhost, service: web, prt: 80}\n"), `line 6: x-holdfast.routes: "prt" is not supported; it can have host, service, port`},
 		{"an unknown key of a service's x-holdfast", web("x-holdfast: {eggress: []}"), `line 4: service web: x-holdfast: "eggress" is not supported; it can have placement, egress`},
 		{"an unknown key of a placement", web("x-holdfast: {placement: {farm: a}}"), `line 4: service web: x-holdfast.placement: "farm" is not supported; it can have spread, farms, nodes`},

@@ -163,6 +163,11 @@ func (h *Header) Validate() error {
 	if err := names("service", services, MaxServices); err != nil {
 		return err
 	}
+	if h.Store != (Store{}) {
+		if err := h.Store.validate(h); err != nil {
+			return err
+		}
+	}
 	if total > MaxWorkloads {
 		return fmt.Errorf("%d replicas in all, at most %d are allowed", total, MaxWorkloads)
 	}
@@ -326,6 +331,15 @@ const (
 func (p *Process) validate(h *Header, s *Service) error {
 	if (len(p.Egress) > 0) != s.Egress {
 		return errors.New("egress in body and header differ")
+	}
+	if err := p.validateFrontEnd(h); err != nil {
+		return err
+	}
+	if len(p.Buckets) > MaxBuckets || len(p.Buckets) > 0 && (h.Store == Store{} || p.FrontEnd != nil) {
+		return errors.New("it has buckets, and the contract has no store for them")
+	}
+	if err := sorted("bucket", p.Buckets, itself); err != nil {
+		return err
 	}
 	if err := errors.Join(
 		text("entrypoint", p.Entrypoint...), text("command", p.Command...), text("user", p.User), text("image", p.Image.Reference), text("environment", p.Environment...),

@@ -154,9 +154,15 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 			return nil, err
 		}
 	}
+	if err := u.bindStore(ctx, doc, p.Current); err != nil {
+		return nil, err
+	}
 	found := map[string]*Source{} // services with one reference get one image, also while a tag moves
 	for i := range doc.Body.Services {
 		s := &doc.Body.Services[i]
+		if s.FrontEnd != nil {
+			continue // the node's own program
+		}
 		src := found[doc.Images[s.Name]]
 		if src == nil {
 			var err error
@@ -240,6 +246,9 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 	images := map[string]*contract.Image{} // services that share an image push it once
 	for i := range body.Services {
 		s := &body.Services[i]
+		if s.FrontEnd != nil {
+			continue
+		}
 		src := p.sources[s.Name]
 		img := images[src.Manifest]
 		if img == nil {

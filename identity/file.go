@@ -43,6 +43,11 @@ func (f *KeyFile) BlobSecret() [32]byte {
 	return [32]byte(Derive(f.Root[:], "holdfast/account/blobs/v1"))
 }
 
+// StoreRoot is the root of one of the account's dispersed stores, which an ID names.
+func (f *KeyFile) StoreRoot(id [32]byte) [32]byte {
+	return [32]byte(Derive(f.Root[:], "holdfast/account/store/v1"+string(id[:])))
+}
+
 // WriteKeyFile writes f to path, readable by its owner only, and refuses to replace a file that exists. With a
 // passphrase the file is sealed by age (scrypt).
 func WriteKeyFile(path string, f *KeyFile, passphrase string) error {
