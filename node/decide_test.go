@@ -1,7 +1,6 @@
 package node
 
 import (
-	"fmt"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -285,30 +284,17 @@ func TestOnlyTheAssignedNodeSpeaksOfAWorkload(t *testing.T) {
 	}
 }
 
-func TestWhoKeepsTheGridsBlobs(t *testing.T) {
-	at := func(farm string, up bool) Place { return Place{Node: "n-" + farm, Farm: farm, Up: up} }
-	all := func(up ...bool) (out []Place) {
-		for i, u := range up {
-			out = append(out, at(fmt.Sprint("farm-", i), u))
+func TestWhenTheGridsStoreOpens(t *testing.T) {
+	for _, c := range []struct {
+		farms        int
+		opens, fresh bool
+	}{{0, false, false}, {4, false, false}, {5, true, false}, {6, true, true}, {9, true, true}} {
+		if opens, fresh := wanting(c.farms, false) == "", wanting(c.farms, true) == ""; opens != c.opens || fresh != c.fresh {
+			t.Errorf("%d farms: opens %v, begins %v", c.farms, opens, fresh)
 		}
-		return out
 	}
-	for name, c := range map[string]struct {
-		begun  bool
-		places []Place
-		opens  int // with so many; 0: not
-	}{
-		"nobody offers anything":                               {false, nil, 0},
-		"a new one begins on six farms":                        {false, all(true, true, true, true, true, true), 6},
-		"a new one does not begin with a shard short":          {false, all(true, true, true, true, true, false), 0},
-		"six locations on five farms are five farms":           {false, append(all(true, true, true, true, true), at("farm-0", true)), 0},
-		"one that is in use opens without a farm":              {true, all(true, true, true, true, true, false), 6},
-		"one that is in use does not open when none can write": {true, all(true, true, true, true, false, false), 0},
-	} {
-		use, why := choose(c.begun, c.places)
-		if len(use) != c.opens || (why == "") != (c.opens > 0) {
-			t.Errorf("%s: %d locations, %q", name, len(use), why)
-		}
+	if n := len(farms([]Place{{Farm: "a"}, {Farm: "b"}, {Farm: "a"}})); n != 2 {
+		t.Errorf("three locations on two farms are %d farms", n)
 	}
 }
 

@@ -187,23 +187,30 @@ func (g *GridStore) step(ctx context.Context) (time.Duration, error) {
 	return 0, g.follow(ctx, places)
 }
 
-// begin opens the store. A new one begins with locations that are all up, on as many farms as it has shards.
+// begin opens the store, as soon as it could be written. A directory that knows of none may have been lost: the locations
+// are asked. A new store begins with locations that are all up, on as many farms as it has shards.
 func (g *GridStore) begin(ctx context.Context, places []Place) (time.Duration, error) {
 	begun, err := g.begun()
 	if err != nil {
 		return 0, err
 	}
-	use, why := choose(begun, places)
-	if why != "" {
+	up := slices.DeleteFunc(slices.Clone(places), func(p Place) bool { return !p.Up })
+	if why := wanting(len(farms(up)), false); why != "" {
 		g.say(nil, why)
 		return 0, nil
 	}
-	restore := false
+	use, restore := places, !begun
 	st, err := g.start(ctx, use, restore)
-	if errors.Is(err, store.ErrExists) {
-		// The locations know these keys and this directory does not: its disk was lost.
-		g.log.Warn("the grid's store is restored from its locations")
-		restore, use = true, places
+	switch {
+	case restore && errors.Is(err, store.ErrNoStore):
+		if why := wanting(len(farms(up)), true); why != "" {
+			g.say(nil, why)
+			return 0, nil
+		}
+		use, restore = up, false
+		st, err = g.start(ctx, use, restore)
+	case errors.Is(err, store.ErrExists):
+		restore = true
 		st, err = g.start(ctx, use, restore)
 	}
 	if err != nil {
@@ -220,18 +227,16 @@ func (g *GridStore) begin(ctx context.Context, places []Place) (time.Duration, e
 	return 0, nil
 }
 
-// choose decides which locations the store opens with, or says why it does not open.
-func choose(begun bool, places []Place) ([]Place, string) {
-	c := GridScheme()
-	up := slices.DeleteFunc(slices.Clone(places), func(p Place) bool { return !p.Up })
-	use, need := places, c.K+1
-	if !begun {
-		use, need = up, c.N
+// wanting says why so many farms, whose locations are up, do not do for the store.
+func wanting(farms int, fresh bool) string {
+	need := GridScheme().K + 1
+	if fresh {
+		need = GridScheme().N
 	}
-	if n := len(farms(up)); n < need {
-		return nil, fmt.Sprintf("%d farms have a location that is up, %d are needed", n, need)
+	if farms >= need {
+		return ""
 	}
-	return use, ""
+	return fmt.Sprintf("%d farms have a location that is up, %d are needed", farms, need)
 }
 
 func (g *GridStore) start(ctx context.Context, places []Place, restore bool) (*store.Store, error) {

@@ -442,6 +442,31 @@ func TestSystemNetworkAccess(t *testing.T) {
 	}
 }
 
+// A machine that is no node takes part, to ask: nobody who is in the network with it reaches what it has open to others.
+func TestAGuestOffersItsNetworkNothing(t *testing.T) {
+	l := newLab(t, 2)
+	node, guest := l.boxes[0], l.boxes[1]
+	a := node.join("sys0", 30000, func(c *Config) { c.InMain = true })
+	b := guest.join("sys0", 30000, func(c *Config) { c.InMain = true })
+	must(t, Firewall{Main: node.ns, Access: []Access{{"sys0", []netip.Addr{b.cfg.Self}, []uint16{7000}}}}.Apply())
+	mesh(t, a, b)
+	listen(t, guest.ns, netip.MustParseAddrPort("[::]:8441"), "api")
+	ln, err := a.Listen(t.Context(), 7000)
+	must(t, err)
+	serve(t, ln, "sys")
+	inside := netip.AddrPortFrom(b.cfg.Self, 8441)
+	reachable(t, node.ns, inside, "api") // the control: without rules
+	must(t, Guest{Main: guest.ns, Interface: "sys0"}.Apply())
+	if _, err := dial(node.ns, inside, 500*time.Millisecond); err == nil {
+		t.Error("a member reached a guest")
+	}
+	c, err := greet(guest.ns, netip.AddrPortFrom(a.cfg.Self, 7000), "sys", 5*time.Second)
+	must(t, err)
+	defer c.Close()
+	echo(t, c, "answered")
+	reachable(t, l.router, netip.AddrPortFrom(guest.v6, 8441), "api") // what it serves to others is its own business
+}
+
 // Who shares the cable advertises that a member of the system network is on the link, and answers in its place. (A machine
 // believes router advertisements: IPv6 dies without.)
 func TestTheCableDoesNotGetTheSystemNetworksTraffic(t *testing.T) {

@@ -55,9 +55,17 @@ func (a *app) listNodes(ctx context.Context, w io.Writer, c *api.Client) error {
 		}
 		return printJSON(w, nodes)
 	}
-	rows := [][]string{{"NAME", "FARM", "STATE", "CORES", "MEMORY", "ENDPOINT", "ID"}}
+	beats, err := c.Reports(ctx, nodes)
+	if err != nil {
+		return err
+	}
+	stored := map[identity.NodeID]uint64{}
+	for _, h := range beats {
+		stored[h.Node] = h.Stored
+	}
+	rows := [][]string{{"NAME", "FARM", "STATE", "CORES", "MEMORY", "STORAGE", "ENDPOINT", "ID"}}
 	for _, n := range nodes {
-		rows = append(rows, []string{n.Name, n.FarmName, stateColour(w, upDown(n.Up)), cores(n.CPUMilli), memory(n.Memory), addresses(n.Endpoints), n.ID.String()})
+		rows = append(rows, []string{n.Name, n.FarmName, stateColour(w, upDown(n.Up)), cores(n.CPUMilli), memory(n.Memory), storage(stored[n.ID], n.Storage), addresses(n.Endpoints), n.ID.String()})
 	}
 	table(w, rows...)
 	return nil
@@ -75,6 +83,14 @@ func cores(milli uint32) string { return fmt.Sprintf("%.1f", float64(milli)/1000
 // memory is what a machine says it has, which may be anything.
 func memory(n uint64) string { return mib(int64(min(n, 1<<62))) }
 
+// storage is what a machine keeps of what it offers to stores.
+func storage(kept, offered uint64) string {
+	if offered == 0 {
+		return "–"
+	}
+	return memory(kept) + " of " + memory(offered)
+}
+
 // addresses are a machine's words too. (The ledger takes no zone, which is any text; grids that began before may have some.)
 func addresses(eps []string) string { return printable([]byte(strings.Join(eps, " "))) }
 
@@ -86,6 +102,7 @@ type wish struct {
 	FarmName  string          `json:"farmName"`
 	CPUMilli  uint32          `json:"cpuMilli"`
 	Memory    uint64          `json:"memory"`
+	Storage   uint64          `json:"storage"` // bytes that it offers to stores
 	Endpoints []string        `json:"endpoints"`
 
 	admit *ledger.NodeAdmit
@@ -113,7 +130,7 @@ func wishes(ctx context.Context, c *api.Client) ([]wish, error) {
 	out := []wish{}
 	for i, p := range asking {
 		if nodes[i] == nil && farms[i] != nil {
-			out = append(out, wish{p.Key.Node(), p.Name, p.Farm, farms[i].Name, p.CPUMilli, p.Memory, p.Endpoints, p, farms[i]})
+			out = append(out, wish{p.Key.Node(), p.Name, p.Farm, farms[i].Name, p.CPUMilli, p.Memory, p.Storage, p.Endpoints, p, farms[i]})
 		}
 	}
 	return out, nil
@@ -131,9 +148,9 @@ func (a *app) listPending(ctx context.Context, w io.Writer, c *api.Client) error
 		fmt.Fprintln(w, "no machine asks to become a node")
 		return nil
 	}
-	rows := [][]string{{"NAME", "FARM", "CORES", "MEMORY", "ENDPOINT", "ID"}}
+	rows := [][]string{{"NAME", "FARM", "CORES", "MEMORY", "STORAGE", "ENDPOINT", "ID"}}
 	for _, x := range all {
-		rows = append(rows, []string{x.Name, x.FarmName, cores(x.CPUMilli), memory(x.Memory), addresses(x.Endpoints), x.ID.String()})
+		rows = append(rows, []string{x.Name, x.FarmName, cores(x.CPUMilli), memory(x.Memory), memory(x.Storage), addresses(x.Endpoints), x.ID.String()})
 	}
 	table(w, rows...)
 	return nil
@@ -182,7 +199,7 @@ func (a *app) approve(cmd *cobra.Command, c *api.Client, cfg *grid.Client, id st
 	case err != nil:
 		return err
 	case n != nil:
-		return a.approved(w, wish{ID: n.ID, Name: n.Name, Farm: n.Farm, FarmName: n.FarmName, CPUMilli: n.CPUMilli, Memory: n.Memory, Endpoints: n.Endpoints}, true)
+		return a.approved(w, wish{ID: n.ID, Name: n.Name, Farm: n.Farm, FarmName: n.FarmName, CPUMilli: n.CPUMilli, Memory: n.Memory, Storage: n.Storage, Endpoints: n.Endpoints}, true)
 	case x == nil:
 		return fmt.Errorf("no machine asks whose ID begins with %s: %s shows who does; one that is switched off is forgotten after five minutes", id, a.self("node list --pending"))
 	}
@@ -196,7 +213,7 @@ func (a *app) approve(cmd *cobra.Command, c *api.Client, cfg *grid.Client, id st
 	if !yes {
 		if !a.json {
 			table(cmd.ErrOrStderr(), []string{"node", x.ID.String()}, []string{"name", x.Name}, []string{"farm", x.FarmName},
-				[]string{"cores", cores(x.CPUMilli)}, []string{"memory", memory(x.Memory)}, []string{"endpoints", addresses(x.Endpoints)})
+				[]string{"cores", cores(x.CPUMilli)}, []string{"memory", memory(x.Memory)}, []string{"storage", memory(x.Storage)}, []string{"endpoints", addresses(x.Endpoints)})
 		}
 		if err := confirm(cmd, fmt.Sprintf("does the machine's own console show %v, and shall it become a node of %s?", x.ID, x.FarmName)); err != nil {
 			return err

@@ -171,14 +171,55 @@ func runValidator(ctx context.Context, c *grid.ValidatorConfig) error {
 		l.Close()
 		return err
 	}
-	v, err := api.NewValidator(api.ValidatorConfig{
+	cfg := api.ValidatorConfig{
 		Genesis: g, Home: filepath.Join(c.Data, "ledger"), P2P: c.P2P, Peers: c.Peers, API: l, TLS: cert, Blobs: blobs, Quota: c.Quota, Log: logger(),
-	})
+	}
+	client, err := api.NewClient(api.ClientConfig{Genesis: g, Trust: filepath.Join(c.Data, "trust"), Log: logger()})
 	if err != nil {
 		l.Close()
 		return err
 	}
-	return v.Run(ctx)
+	defer client.Close()
+	own, err := gridStore(client, c.Data, blobs)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	if own != nil {
+		cfg.Blobs, cfg.Where = own.Blobs(), own.Where
+	}
+	v, err := api.NewValidator(cfg)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	if own == nil {
+		return v.Run(ctx)
+	}
+	eg, ctx := errgroup.WithContext(ctx)
+	eg.Go(func() error { return v.Run(ctx) })
+	eg.Go(func() error { return ended(ctx, own.Run(ctx)) })
+	return eg.Wait()
+}
+
+// gridStore is the validator's part in the grid's own store, nil if it has no keys for it: then blobs lie in its directory.
+func gridStore(client *api.Client, data string, blobs *store.Dir) (*node.GridStore, error) {
+	keys, err := store.LoadKeys(filepath.Join(data, grid.StoreKeysFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(filepath.Join(data, grid.NetworkKeyFile))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) != 32 {
+		return nil, fmt.Errorf("%s holds %d bytes, a key has 32", grid.NetworkKeyFile, len(b))
+	}
+	return node.NewGridStore(node.GridStoreConfig{
+		Client: client, WireGuard: [32]byte(b), Keys: keys, Dir: filepath.Join(data, "store"), Blobs: blobs, Limit: maxStore, Log: logger(),
+	})
 }
 
 func runGateway(ctx context.Context, c *grid.GatewayConfig) error {
@@ -256,7 +297,7 @@ func runNode(ctx context.Context, c *grid.NodeConfig) error {
 		return err
 	}
 	if c.Farm != "" {
-		err = node.Join(ctx, node.JoinConfig{Client: client, Keys: keys, Farm: o.farm, Name: c.Name, Log: logger()})
+		err = node.Join(ctx, node.JoinConfig{Client: client, Keys: keys, Farm: o.farm, Name: c.Name, Storage: c.Storage, Log: logger()})
 	}
 	if err == nil {
 		err = a.Run(ctx)

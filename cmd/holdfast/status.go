@@ -29,6 +29,7 @@ type status struct {
 	Grid      identity.GridID  `json:"grid"`
 	Height    int64            `json:"height"`
 	Warnings  []string         `json:"warnings,omitempty"`
+	Blobs     *api.BlobPlace   `json:"blobs"` // null: the validator does not say
 	Nodes     []nodeStatus     `json:"nodes"`
 	Contracts []contractStatus `json:"contracts"`
 	Workloads []workloadStatus `json:"workloads"`
@@ -96,6 +97,9 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	for _, n := range nodes {
 		names[n.ID] = n
 		s.Nodes = append(s.Nodes, nodeStatus{n.ID, n.Name, n.FarmName, upDown(n.Up), g.Lease.String(), time.UnixMilli(n.Since).UTC(), "on disk"})
+	}
+	if s.Blobs, err = c.BlobPlace(ctx); err != nil {
+		s.Warnings = append(s.Warnings, "where blobs are is not known: "+err.Error())
 	}
 	beats, err := c.Reports(ctx, nodes)
 	if err != nil {
@@ -269,6 +273,9 @@ func (a *app) statusCmd() *cobra.Command {
 			fmt.Fprintf(w, "grid %s at height %d\n", s.Grid.Short(), s.Height)
 			for _, x := range s.Warnings {
 				fmt.Fprintln(w, "warning:", x)
+			}
+			if s.Blobs != nil {
+				fmt.Fprintf(w, "blobs are in the %v\n", s.Blobs)
 			}
 			fmt.Fprintln(w)
 			rows := [][]string{{"NODE", "FARM", "STATE", "LEASE"}}

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"holdfast/api"
 	"holdfast/identity"
 	"holdfast/internal/box"
 	"holdfast/internal/grid"
@@ -28,7 +29,7 @@ func (a *app) upCmd() *cobra.Command {
 	var detach bool
 	cmd := &cobra.Command{
 		Use: "up", Short: "Run a whole grid on this machine", Args: asUsed,
-		Long:    "Runs one validator, nodes on three farms and a gateway, each in namespaces of its own with a little internet between\nthem, until it is interrupted. Started again with the same --dir, everything is back: killed, it adopts what goes on.\nOne validator means that its operator could rewrite history; a grid that matters has at least four.",
+		Long:    "Runs one validator, nodes on three farms, a gateway, and on three more farms a machine each that only keeps shards, all in\nnamespaces of their own with a little internet between them, until it is interrupted. Started again with the same --dir, everything is back: killed, it adopts what goes on.\nOne validator means that its operator could rewrite history; a grid that matters has at least four.",
 		Example: "  holdfast up                                      # in the foreground\n  holdfast up --detach                             # returns when the grid is up\n  holdfast up --dir /srv/grid --nodes 5 --listen 127.0.0.1:9443",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Dir = a.dir
@@ -123,14 +124,14 @@ func (a *app) up(ctx context.Context, cmd *cobra.Command, o grid.Options) error 
 			}
 			return fmt.Errorf("begin the ledger: %w", err)
 		}
-		if err := g.WaitUp(bctx); err != nil && ctx.Err() == nil {
-			log.Warn("not all nodes are up", "error", err)
+		if _, err := g.WaitUp(bctx); err != nil && ctx.Err() == nil {
+			log.Warn("not all of the grid is up", "error", err)
 		}
 		if ctx.Err() == nil {
 			if err := os.WriteFile(filepath.Join(a.dir, "ready"), fmt.Appendln(nil, os.Getpid()), 0o600); err != nil {
 				return err
 			}
-			return a.welcome(cmd.OutOrStdout(), g)
+			return a.welcome(ctx, cmd.OutOrStdout(), g)
 		}
 		return nil
 	})
@@ -139,20 +140,34 @@ func (a *app) up(ctx context.Context, cmd *cobra.Command, o grid.Options) error 
 	return err
 }
 
-func (a *app) welcome(w io.Writer, g *grid.Grid) error {
+func (a *app) welcome(ctx context.Context, w io.Writer, g *grid.Grid) error {
 	key := filepath.Join(g.Dir, "user.key")
+	place := &api.BlobPlace{Reason: "it does not say"}
+	if c, _, err := grid.Connect(g.Dir); err == nil {
+		if p, err := c.BlobPlace(ctx); err == nil {
+			place = p
+		}
+		c.Close()
+	}
 	if a.json {
 		return printJSON(w, struct {
-			Grid    identity.GridID `json:"grid"`
-			Dir     string          `json:"dir"`
-			Nodes   int             `json:"nodes"`
-			Farms   int             `json:"farms"`
-			Gateway string          `json:"gateway"`
-			Key     string          `json:"key"` // of the user, in the clear
-			Warning string          `json:"warning"`
-		}{g.Genesis.GridID(), g.Dir, g.Nodes, grid.Farms, g.Listen, key, oneValidator})
+			Grid      identity.GridID `json:"grid"`
+			Dir       string          `json:"dir"`
+			Nodes     int             `json:"nodes"`
+			Locations int             `json:"locations"` // machines that only keep shards
+			Farms     int             `json:"farms"`
+			Gateway   string          `json:"gateway"`
+			Key       string          `json:"key"` // of the user, in the clear
+			Blobs     *api.BlobPlace  `json:"blobs"`
+			Warning   string          `json:"warning"`
+		}{g.Genesis.GridID(), g.Dir, g.Nodes, g.Locations(), g.Farms(), g.Listen, key, place, oneValidator})
 	}
-	fmt.Fprintf(w, "grid %s is up: %d nodes on %d farms, one validator (its operator could rewrite history), one gateway at https://%s\n", g.Genesis.GridID().Short(), g.Nodes, grid.Farms, g.Listen)
+	more := ""
+	if n := g.Locations(); n > 0 {
+		more = fmt.Sprintf(" and %d machines that only keep shards", n)
+	}
+	fmt.Fprintf(w, "grid %s is up: %d nodes%s on %d farms, one validator (its operator could rewrite history), one gateway at https://%s\n", g.Genesis.GridID().Short(), g.Nodes, more, g.Farms(), g.Listen)
+	fmt.Fprintf(w, "blobs are in the %v\n", place)
 	fmt.Fprintf(w, "your key is in %s, in the clear: whoever reads it acts as you\n", key)
 	fmt.Fprintf(w, "deploy something:  %s\nlook:              %s\nstop:              %s\n", a.self("deploy examples/pocketbase/compose.yaml --wait"), a.self("status"), a.self("down"))
 	return nil
@@ -174,7 +189,7 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 				fmt.Fprintf(cmd.OutOrStdout(), "the grid in %s is up already (process %d)\n", dir, pid)
 				return nil
 			}
-			return a.welcomeTo(cmd.OutOrStdout(), dir, o)
+			return a.welcomeTo(cmd.Context(), cmd.OutOrStdout(), dir, o)
 		}
 		return fmt.Errorf("the grid in %s is just coming up or going down (process %d): try again in a moment", dir, pid)
 	}
@@ -216,18 +231,18 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 		}
 		if _, err := os.Stat(ready); err == nil {
 			p.done()
-			return a.welcomeTo(cmd.OutOrStdout(), dir, o)
+			return a.welcomeTo(cmd.Context(), cmd.OutOrStdout(), dir, o)
 		}
 	}
 }
 
 // welcomeTo tells of a grid that another process runs.
-func (a *app) welcomeTo(w io.Writer, dir string, o grid.Options) error {
+func (a *app) welcomeTo(ctx context.Context, w io.Writer, dir string, o grid.Options) error {
 	g, err := grid.Layout(grid.Options{Dir: dir, Nodes: o.Nodes, Listen: listenOf(dir), Binary: o.Binary, Runsc: o.Runsc})
 	if err != nil {
 		return err
 	}
-	return a.welcome(w, g)
+	return a.welcome(ctx, w, g)
 }
 
 func listenOf(dir string) string {

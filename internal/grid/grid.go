@@ -13,6 +13,7 @@ package grid
 
 import (
 	"context"
+	"crypto/ecdh"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -33,11 +34,18 @@ import (
 	"holdfast/ledger"
 	"holdfast/ledger/comet"
 	"holdfast/node"
+	"holdfast/store"
+	"holdfast/store/location"
+
+	"golang.org/x/sys/unix"
 )
 
-// Segments of a grid's little internet. Farms have 1 to Farms.
+// Segments of a grid's little internet. Farms have 1 to maxFarms: workloads run on the first three, and the others only
+// keep shards of stores, one machine each, so that a store of 4/6 goes on without any one farm.
 const (
-	Farms            = 3
+	nodeFarms        = 3
+	storageFarms     = 3
+	maxFarms         = nodeFarms + storageFarms
 	segmentGateway   = 10
 	segmentValidator = 11
 	segmentOutside   = 12
@@ -98,6 +106,8 @@ type NodeConfig struct {
 	Grid string `json:"grid,omitempty"` // ID of the grid that Genesis must be of
 	From string `json:"from,omitempty"` // host:port,…: where to get Genesis when it is not there
 	Farm string `json:"farm,omitempty"` // ID of the farm that the machine asks to be admitted to
+
+	Storage uint64 `json:"storage,omitempty"` // bytes that it offers to stores when it asks
 }
 
 // GatewayConfig configures "holdfast run gateway".
@@ -110,6 +120,24 @@ type GatewayConfig struct {
 }
 
 func nodeName(i int) string { return fmt.Sprintf("node-%d", i+1) }
+
+func locationName(i int) string { return fmt.Sprintf("location-%d", i+1) }
+
+// Locations is how many machines only keep shards. Fewer than three nodes are no grid that could lose a farm.
+func (g *Grid) Locations() int {
+	if g.Nodes < nodeFarms || g.Genesis.Store == (ledger.Store{}) {
+		return 0
+	}
+	return storageFarms
+}
+
+// Farms is how many farms there are.
+func (g *Grid) Farms() int {
+	if g.Locations() > 0 {
+		return maxFarms
+	}
+	return nodeFarms
+}
 
 func uplink(segment, host int) *box.Uplink { return &box.Uplink{Segment: segment, Host: host} }
 
@@ -201,13 +229,94 @@ func (g *Grid) genesis() error {
 	}
 	var top box.Topology
 	addr := top.Addresses(*uplink(segmentValidator, 2))[0].Addr()
+	wg, err := g.networkKey()
+	if err != nil {
+		return err
+	}
+	own, err := g.store(admin)
+	if err != nil {
+		return fmt.Errorf("the grid's store: %w", err)
+	}
 	g.Genesis = &ledger.Genesis{
 		Version: 1, Name: "grid-" + g.ID, Time: time.Now().Unix(), Policy: identity.SingleDevice(), Sealing: open.Public(),
-		Devices:    []identity.Device{{Name: "up", Key: admin.DeviceKey().Public()}},
-		Validators: []ledger.Validator{{Name: "validator", Key: keys.Public, Power: 10, TLS: pin, Address: netip.AddrPortFrom(addr, PortLedger).String()}},
-		Lease:      lease, Margin: lease / 5,
+		Devices: []identity.Device{{Name: "up", Key: admin.DeviceKey().Public()}},
+		Validators: []ledger.Validator{{
+			Name: "validator", Key: keys.Public, Power: 10, TLS: pin, Address: netip.AddrPortFrom(addr, PortLedger).String(),
+			WireGuard: wg, Endpoints: underlay(uplink(segmentValidator, 2)),
+		}},
+		Lease: lease, Margin: lease / 5, Store: *own,
 	}
 	return writeFile(path, g.Genesis.Encode(), 0o644)
+}
+
+// networkKey makes the validator's key in the system network, and returns the public one.
+func (g *Grid) networkKey() (public [32]byte, err error) {
+	path := filepath.Join(g.data("validator"), NetworkKeyFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		b = make([]byte, 32)
+		rand.Read(b)
+		err = writeFile(path, b, 0o600)
+	}
+	if err != nil {
+		return public, err
+	}
+	k, err := ecdh.X25519().NewPrivateKey(b)
+	if err != nil {
+		return public, fmt.Errorf("%s: %w", path, err)
+	}
+	return [32]byte(k.PublicKey().Bytes()), nil
+}
+
+// store makes the keys of the grid's own store, and what its locations are told of it. The store's root is derived from
+// the grid account's, so that who has that has no second thing to keep; the validator gets what a front end needs.
+func (g *Grid) store(admin *identity.KeyFile) (*ledger.Store, error) {
+	root := StoreRoot(admin)
+	keys, err := root.Keys(0)
+	if err != nil {
+		return nil, err
+	}
+	s := &ledger.Store{Limit: g.storage() / 2} // what is left is for stores of contracts
+	for _, x := range []struct {
+		seed location.Seed
+		pin  *[32]byte
+	}{{keys.TLS(), &s.FrontEnd}, {root.Recovery(), &s.Recovery}} {
+		pin, err := location.PinOf(x.seed)
+		if err != nil {
+			return nil, err
+		}
+		*x.pin = pin
+	}
+	return s, store.SaveKeys(filepath.Join(g.data("validator"), StoreKeysFile), keys)
+}
+
+// Files in a validator's data directory, of the grid's own store.
+const (
+	NetworkKeyFile = "wireguard.key"
+	StoreKeysFile  = "store.keys"
+)
+
+// StoreRoot is the root of the grid's own store.
+func StoreRoot(admin *identity.KeyFile) store.Root {
+	return store.Root(identity.Derive(admin.Root[:], "holdfast/grid/store/v1"))
+}
+
+// storage is what each machine offers to stores: a share of half of what is free on the disk, which they all are on.
+func (g *Grid) storage() uint64 {
+	const least = 1 << 30
+	var st unix.Statfs_t
+	if err := unix.Statfs(g.Dir, &st); err != nil {
+		return least
+	}
+	return max(least, st.Bavail*uint64(st.Bsize)/2/uint64(max(g.Nodes, nodeFarms)+storageFarms))
+}
+
+func underlay(u *box.Uplink) (out []string) {
+	var top box.Topology
+	for _, p := range top.Addresses(*u) {
+		out = append(out, p.Addr().String())
+	}
+	return out
 }
 
 func makeKey(path string) (*identity.KeyFile, error) {
@@ -235,7 +344,7 @@ func writeFile(path string, b []byte, mode os.FileMode) error {
 func (g *Grid) boxes() error {
 	root := "/holdfast-" + g.ID
 	g.Plan = box.Plan{Dir: g.Dir, Self: []string{g.Binary, "run", "init"}, Cgroup: root, Segments: []int{segmentGateway, segmentValidator, segmentOutside}}
-	for f := range Farms {
+	for f := range g.Farms() {
 		g.Plan.Segments = append(g.Plan.Segments, f+1)
 	}
 	add := func(name, role string, cfg any, link *box.Uplink, bins map[string]string) error {
@@ -274,10 +383,9 @@ func (g *Grid) boxes() error {
 	if err := add("gateway", "gateway", GatewayConfig{Name: "gateway", Genesis: "/data/genesis", Data: "/data", Key: "/data/gateway.key", Listen: any(PortGateway)}, uplink(segmentGateway, 2), nil); err != nil {
 		return err
 	}
-	for i := range g.Nodes {
-		name := nodeName(i)
-		cfg := NodeConfig{Name: name, Genesis: "/data/genesis", Data: "/data", Run: "/run/holdfast", Key: "/data/node.key", Runsc: "/bin/holdfast-runsc", Cgroup: root + "/" + name + "/work"}
-		if err := add(name, "node", cfg, g.nodeLink(i), map[string]string{"/bin/holdfast-runsc": g.Runsc}); err != nil {
+	for _, m := range g.machines() {
+		cfg := NodeConfig{Name: m.name, Genesis: "/data/genesis", Data: "/data", Run: "/run/holdfast", Key: "/data/node.key", Runsc: "/bin/holdfast-runsc", Cgroup: root + "/" + m.name + "/work"}
+		if err := add(m.name, "node", cfg, m.link, map[string]string{"/bin/holdfast-runsc": g.Runsc}); err != nil {
 			return err
 		}
 	}
@@ -286,7 +394,31 @@ func (g *Grid) boxes() error {
 	return nil
 }
 
-func (g *Grid) nodeLink(i int) *box.Uplink { return uplink(i%Farms+1, 2+i/Farms) }
+// machine is one that runs a node daemon.
+type machine struct {
+	name  string
+	farm  int // from 0
+	link  *box.Uplink
+	offer node.Offer
+}
+
+// machines are the nodes, and then those that only keep shards: a node that offers nothing else.
+func (g *Grid) machines() (out []machine) {
+	storage := uint64(0)
+	if g.Genesis.Store != (ledger.Store{}) {
+		storage = g.storage()
+	}
+	cpu, mem := capacity(g.Nodes)
+	for i := range g.Nodes {
+		f := i % nodeFarms
+		out = append(out, machine{nodeName(i), f, uplink(f+1, 2+i/nodeFarms), node.Offer{CPUMilli: cpu, Memory: mem, Storage: storage}})
+	}
+	for i := range g.Locations() {
+		f := nodeFarms + i
+		out = append(out, machine{locationName(i), f, uplink(f+1, 2), node.Offer{Storage: storage}})
+	}
+	return out
+}
 
 // GatewayAddr is where nodes and strangers find the gateway.
 func (g *Grid) GatewayAddr() string {
@@ -379,8 +511,8 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 	if err != nil {
 		return err
 	}
-	ids := make([]identity.FarmID, Farms)
-	for f := range Farms {
+	ids := make([]identity.FarmID, g.Farms())
+	for f := range ids {
 		name := farmName(f)
 		if i := slices.IndexFunc(farms, func(x *ledger.Farm) bool { return x.Name == name }); i >= 0 {
 			ids[f] = farms[i].ID
@@ -397,23 +529,16 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 	if err != nil {
 		return err
 	}
-	var top box.Topology
-	cpu, mem := capacity(g.Nodes)
-	for i := range g.Nodes {
-		name := nodeName(i)
-		if slices.ContainsFunc(nodes, func(x *ledger.Node) bool { return x.Name == name }) {
+	for _, m := range g.machines() {
+		if slices.ContainsFunc(nodes, func(x *ledger.Node) bool { return x.Name == m.name }) {
 			continue
 		}
-		say("admitting " + name)
-		keys, err := node.LoadKeys(filepath.Join(g.data(name), "node.key"))
+		say("admitting " + m.name)
+		keys, err := node.LoadKeys(filepath.Join(g.data(m.name), "node.key"))
 		if err != nil {
 			return err
 		}
-		var eps []string
-		for _, p := range top.Addresses(*g.nodeLink(i)) {
-			eps = append(eps, p.Addr().String())
-		}
-		a, err := keys.Admission(c.Grid(), ids[i%Farms], name, eps, node.Offer{CPUMilli: cpu, Memory: mem})
+		a, err := keys.Admission(c.Grid(), ids[m.farm], m.name, underlay(m.link), m.offer)
 		if err != nil {
 			return err
 		}
@@ -486,28 +611,37 @@ func memoryOf() uint64 {
 	return kib << 10
 }
 
-// WaitUp returns when the ledger has heard all nodes.
-func (g *Grid) WaitUp(ctx context.Context) error {
+// WaitUp returns when the ledger has heard all nodes, and the grid's store is open if there is one.
+func (g *Grid) WaitUp(ctx context.Context) (*api.BlobPlace, error) {
 	c, _, err := Connect(g.Dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer c.Close()
+	all := g.machines()
 	for {
 		nodes, err := c.Nodes(ctx)
-		up := 0
+		up, missed := 0, false
 		for _, n := range nodes {
-			down := box.Asked(g.Dir, n.Name)
-			if n.Up || down != box.Up {
+			asked := box.Asked(g.Dir, n.Name)
+			missed = missed || asked != box.Up
+			if n.Up || asked != box.Up {
 				up++
 			}
 		}
-		if err == nil && up >= g.Nodes {
-			return nil
+		var place *api.BlobPlace
+		if err == nil && up >= len(all) {
+			if place, err = c.BlobPlace(ctx); err == nil && (place.Scheme != "" || missed || g.Locations() == 0) {
+				return place, nil
+			}
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%d of %d nodes are up: %w", up, g.Nodes, errors.Join(ctx.Err(), err))
+			why := fmt.Errorf("%d of %d nodes are up", up, len(all))
+			if place != nil {
+				why = fmt.Errorf("blobs are in the %v", place)
+			}
+			return place, errors.Join(why, err)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
@@ -541,7 +675,7 @@ func Lab(ctx context.Context, dir, name string, want box.Wanted) error {
 
 // Segment is where a farm of a grid on one machine is.
 func Segment(farm string) (int, error) {
-	for f := range Farms {
+	for f := range maxFarms {
 		if farm == farmName(f) {
 			return f + 1, nil
 		}

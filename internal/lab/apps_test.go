@@ -1,17 +1,18 @@
 package lab
 
 import (
-	"archive/tar"
-	"crypto/rand"
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
-	"holdfast/internal/testimage"
+	"holdfast/store"
 
 	"golang.org/x/sys/unix"
 )
@@ -111,34 +112,12 @@ func reader(t *testing.T, l *Lab) {
 	l.Run("contract", "cancel", "reader", "--yes")
 }
 
-// tampered plays a validator's operator who changes a layer in his blob store.
+// tampered plays a validator's operator who gives out a layer that he has changed.
 func tampered(t *testing.T, l *Lab) {
-	blobs := filepath.Join(l.Dir, "data", "validator", "blobs")
-	before := map[string]bool{}
-	list := func() (out []string) {
-		filepath.WalkDir(blobs, func(p string, d os.DirEntry, err error) error {
-			if err == nil && d.Type().IsRegular() {
-				out = append(out, p)
-			}
-			return nil
-		})
-		return out
-	}
-	for _, p := range list() {
-		before[p] = true
-	}
-	compose := strings.ReplaceAll(strings.ReplaceAll(stateless, "free", "bent"), "oci:img", "oci:img2")
-	extra := make([]byte, 1<<20)
-	rand.Read(extra)
-	img, err := testimage.Server(t.TempDir(), testimage.Layer(testimage.Entry{Header: tar.Header{Name: "extra"}, Data: extra}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := img.WriteLayout(filepath.Join(l.App, "img2")); err != nil {
-		t.Fatal(err)
-	}
+	l.image("img2")
 	// On a node that is down nothing is fetched before the layer is changed.
 	path := filepath.Join(l.App, "bent.yaml")
+	compose := strings.ReplaceAll(strings.ReplaceAll(stateless, "free", "bent"), "oci:img", "oci:img2")
 	compose = strings.Replace(compose, "    healthcheck:", "    x-holdfast: {placement: {nodes: [node-3]}}\n    healthcheck:", 1)
 	if err := os.WriteFile(path, []byte(compose), 0o600); err != nil {
 		t.Fatal(err)
@@ -146,34 +125,54 @@ func tampered(t *testing.T, l *Lab) {
 	l.Run("lab", "cut", "node-3")
 	l.Until("the cut", func() bool { return l.node("node-3").State == "down" })
 	l.Run("deploy", path, "--yes")
-	var biggest string
-	var size int64
-	for _, p := range list() {
-		if st, err := os.Stat(p); err == nil && !before[p] && st.Size() > size {
-			biggest, size = p, st.Size()
+	// What lies in the validator's directory is given out before what is in the store.
+	dir := filepath.Join(l.Dir, "data", "validator", "blobs")
+	own := store.NewDir(dir, 1<<30)
+	good := map[string][]byte{}
+	for _, d := range l.layers("bent") {
+		r, _, err := l.client().OpenBlob(t.Context(), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(r)
+		r.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := own.Put(t.Context(), d, bytes.NewReader(b)); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range files(dir) {
+			if strings.HasSuffix(p, d.String()) {
+				good[p] = b
+			}
 		}
 	}
-	if biggest == "" {
-		t.Fatal("deploying brought no blob")
+	if len(good) == 0 {
+		t.Fatal("the contract has no layers")
 	}
-	good, err := os.ReadFile(biggest)
-	if err != nil {
-		t.Fatal(err)
+	bend := func() {
+		for p, b := range good {
+			bad := slices.Clone(b)
+			bad[len(bad)/2] ^= 1
+			if err := os.WriteFile(p, bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	bad := append([]byte(nil), good...)
-	bad[len(bad)/2] ^= 1
-	if err := os.WriteFile(biggest, bad, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	bend()
 	said := len(l.nodeLogs("node-3"))
 	l.Run("lab", "resume", "node-3")
-	l.Until("the refusal", func() bool { return strings.Contains(l.nodeLogs("node-3")[said:], "digest") })
+	l.Until("the refusal", func() bool {
+		bend() // the validator would put the true ones in their place
+		return strings.Contains(l.nodeLogs("node-3")[said:], "digest")
+	})
 	if w := l.Workload("bent/web-0"); w.State == "running" || l.Get("bent.localhost", "/") != "" {
 		t.Errorf("it runs: %+v", w)
 	}
 	// The control: with the true bytes the same contract starts.
-	if err := os.WriteFile(biggest, good, 0o600); err != nil {
-		t.Fatal(err)
+	for p := range good {
+		os.Remove(p)
 	}
 	l.Until("the start", func() bool { return strings.Contains(l.Get("bent.localhost", "/"), "hello") })
 	l.Run("contract", "cancel", "bent", "--yes")

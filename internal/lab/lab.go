@@ -167,6 +167,11 @@ type Status struct {
 	Workloads []Workload
 	Contracts []struct{ ID, Name, State string }
 	Routes    []struct{ Host, URL, State string }
+	Blobs     struct {
+		Scheme                    string
+		Locations, Farms, Waiting int
+		Reason                    string
+	}
 }
 
 // Status asks the grid.

@@ -80,6 +80,7 @@ func TestGrid(t *testing.T) {
 	}{
 		{"what runs sees what it was given", sees},
 		{"deploying again changes nothing", again},
+		{"blobs are dispersed", dispersed},
 		{"1 scans find nothing", scans},
 		{"2 the wire shows nothing", wire},
 		{"3 a workload reaches its own contract only", reach},
@@ -91,6 +92,7 @@ func TestGrid(t *testing.T) {
 		{"6 a lost node's work moves, and a volume's waits", lostNode},
 		{"6 validator and gateway come back", killedServers},
 		{"6 everything at once", everything},
+		{"blobs outlive a farm and the validator's directory", blobsOutlive},
 		{"4 a tampered image starts nothing", tampered},
 		{"PocketBase keeps what it is told", pocketBase},
 		{"2 the reader is served from nodes that nobody can listen to", reader},
@@ -181,6 +183,7 @@ func reach(t *testing.T, l *Lab) {
 		"the farm's LAN, IPv6":        netip.AddrPortFrom(lanAddrs[0].Addr(), 80).String(),
 		"the farm's LAN, IPv4":        netip.AddrPortFrom(lanAddrs[1].Addr(), 80).String(),
 		"the ledger":                  netip.AddrPortFrom(validator[0].Addr(), 8441).String(),
+		"a location":                  l.location("location-1").String(),
 		"a metadata service":          "169.254.169.254:80",
 	} {
 		if dial("tcp", addr) {

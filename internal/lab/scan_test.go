@@ -229,6 +229,8 @@ func scans(t *testing.T, l *Lab) {
 		{"the gateway", outside, host(10, 2), false, []uint16{443}, nil},
 		{"the validator", outside, host(11, 2), false, []uint16{8441, 26656}, nil},
 	}
+	plant(t, l.Box("location-1"), planted...)
+	targets = append(targets, target{"location-1 from outside", outside, host(4, 2), true, nil, nil})
 	for n := 1; n <= 3; n++ {
 		lan := l.Attacker(n, 13)
 		// Behind the node's firewall even what listens is not there.
