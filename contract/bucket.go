@@ -28,7 +28,7 @@ const (
 const (
 	MaxBuckets     = 32
 	MaxStore       = 1 << 50
-	MinStore       = 64 << 20 // a snapshot of the log, and the log until the next one
+	MinStore       = 256 << 20 // a snapshot of the log, and the log until the next one
 	DefaultStore   = 1 << 30
 	maxFrontKeys   = 64 << 10
 	frontCPUMilli  = 500

@@ -17,7 +17,7 @@ import (
 // What is read from a Compose file can be signed and opened, and read again it is the same; whatever else it is, it is an
 // error that names the file.
 func FuzzCompose(f *testing.F) {
-	for _, s := range []string{planned, web("ports: [80]"), web("<<: {command: [a]}\nenv_file: a.env"), "x: &a [*a]\n", web("command: ${A:-${B}}"), web("volumes: [{type: tmpfs, target: /t}]"), web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: , up2: {versioning: true}}, storage: 64m}\n"} {
+	for _, s := range []string{planned, web("ports: [80]"), web("<<: {command: [a]}\nenv_file: a.env"), "x: &a [*a]\n", web("command: ${A:-${B}}"), web("volumes: [{type: tmpfs, target: /t}]"), web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: , up2: {versioning: true}}, storage: 512m}\n"} {
 		f.Add([]byte(s), []byte("A=1\nB=\"$A\"\n"))
 	}
 	f.Fuzz(func(t *testing.T, compose, env []byte) {

@@ -102,7 +102,7 @@ func TestRefused(t *testing.T) {
 		{"buckets on two networks", web("x-holdfast: {buckets: [up1]}\nnetworks: [aa]") + "  web2:\n    image: x\n    x-holdfast: {buckets: [up1]}\n    networks: [bb]\nnetworks: {aa: , bb: }\nx-holdfast: {buckets: {up1: }}\n", `line 9: services web and web2 have buckets and are on two networks, aa and bb: put them on one`},
 		{"a variable that comes with buckets", web("x-holdfast: {buckets: [up1]}\nenvironment: {AWS_REGION: x}") + "x-holdfast: {buckets: {up1: }}\n", `line 5: service web: environment: AWS_REGION comes with x-holdfast.buckets: leave it out`},
 		{"storage without buckets", top("x-holdfast: {storage: 1GiB}\n"), `line 4: x-holdfast.storage is of buckets, and there are none`},
-		{"storage that is no size", web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: }, storage: big}\n", `line 5: x-holdfast.storage "big": write what a location keeps at most like 4GiB, at least 64MiB`},
+		{"storage that is no size", web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: }, storage: big}\n", `line 5: x-holdfast.storage "big": write what a location keeps at most like 4GiB, at least 256MiB`},
 		{"too little storage", web("x-holdfast: {buckets: [up1]}") + "x-holdfast: {buckets: {up1: }, storage: 1MiB}\n", `line 5: x-holdfast.storage "1MiB"`},
 		{"an unknown key of a route", top("x-holdfast:\n  routes:\n    - {host: a.localhost, service: web, prt: 80}\n"), `line 6: x-holdfast.routes: "prt" is not supported; it can have host, service, port`},
 		{"an unknown key of a service's x-holdfast", web("x-holdfast: {eggress: []}"), `line 4: service web: x-holdfast: "eggress" is not supported; it can have placement, egress`},

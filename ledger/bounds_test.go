@@ -623,7 +623,7 @@ func TestQuotas(t *testing.T) {
 		x := newGrid(t, "lab")
 		h := x.header("app")
 		x.must(x.deploy(h))
-		if u, err := get[AccountUsed](x.s, AccountUsedKey(x.acct)); err != nil || *u != (AccountUsed{1, 1, 1, 1}) {
+		if u, err := get[AccountUsed](x.s, AccountUsedKey(x.acct)); err != nil || *u != (AccountUsed{1, 1, 1, 1, 0}) {
 			t.Fatalf("after one contract: %+v, %v", u, err)
 		}
 		x.change(func(b *batch) { set(b, AccountUsedKey(x.acct), &full) })

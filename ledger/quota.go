@@ -13,7 +13,8 @@ type Quota struct {
 	Contracts int `cbor:"1,keyasint" json:"contracts"`
 	Workloads int `cbor:"2,keyasint" json:"workloads"`
 	Networks  int `cbor:"3,keyasint" json:"networks"`
-	Hosts     int `cbor:"4,keyasint" json:"hosts"` // of routes
+	Hosts     int `cbor:"4,keyasint" json:"hosts"`                      // of routes
+	Storage   int `cbor:"5,keyasint,omitzero" json:"storage,omitempty"` // bytes that stores take on one location, those of cancelled contracts too
 }
 
 // Limits are a grid's quotas; one that is zero is that of DefaultLimits. An account costs nothing, so that a bound on each
@@ -30,19 +31,20 @@ const (
 	MaxAccountWorkloads = 2048
 	MaxAccountNetworks  = 512
 	MaxAccountHosts     = 512
+	MaxAccountStorage   = 16 << 30
 )
 
 // DefaultLimits leave most of what a grid can have (65536 contracts, 29999 networks, 4 MiB of host names) to the accounts
 // that it knows.
 func DefaultLimits() Limits {
 	return Limits{
-		Account: Quota{MaxAccountContracts, MaxAccountWorkloads, MaxAccountNetworks, MaxAccountHosts},
-		Shared:  Quota{4096, 16384, 8192, 4096},
+		Account: Quota{MaxAccountContracts, MaxAccountWorkloads, MaxAccountNetworks, MaxAccountHosts, MaxAccountStorage},
+		Shared:  Quota{4096, 16384, 8192, 4096, 256 << 30},
 	}
 }
 
 // OwnQuota is what a grid gives an account that it knows, when nothing else was agreed.
-func OwnQuota() Quota { return Quota{1024, 8192, 2048, 2048} }
+func OwnQuota() Quota { return Quota{1024, 8192, 2048, 2048, 1 << 40} }
 
 func (l Limits) orDefault() Limits {
 	d := DefaultLimits()
@@ -57,7 +59,7 @@ func (l Limits) orDefault() Limits {
 
 // usage counts what a header takes; an empty one takes nothing.
 func usage(h *contract.Header) Quota {
-	u := Quota{Networks: len(h.Networks), Hosts: len(h.Routes)}
+	u := Quota{Networks: len(h.Networks), Hosts: len(h.Routes), Storage: int(h.Store.Limit)}
 	if h.Version != 0 {
 		u.Contracts = 1
 	}
@@ -69,7 +71,7 @@ func usage(h *contract.Header) Quota {
 
 // plus is q with sign times o.
 func (q Quota) plus(o Quota, sign int) Quota {
-	return Quota{q.Contracts + sign*o.Contracts, q.Workloads + sign*o.Workloads, q.Networks + sign*o.Networks, q.Hosts + sign*o.Hosts}
+	return Quota{q.Contracts + sign*o.Contracts, q.Workloads + sign*o.Workloads, q.Networks + sign*o.Networks, q.Hosts + sign*o.Hosts, q.Storage + sign*o.Storage}
 }
 
 // grow checks a usage that was was and will be is. Who is above q already can still become less.
@@ -82,6 +84,7 @@ func (q Quota) grow(was, is Quota) error {
 		{"workloads", was.Workloads, is.Workloads, q.Workloads},
 		{"networks", was.Networks, is.Networks, q.Networks},
 		{"hosts", was.Hosts, is.Hosts, q.Hosts},
+		{"bytes of storage on a location", was.Storage, is.Storage, q.Storage},
 	} {
 		if x.is > x.was && x.is > x.limit {
 			return fmt.Errorf("would have %d %s, at most %d are allowed", x.is, x.what, x.limit)
@@ -140,7 +143,7 @@ func (b *batch) accountQuota(who *signers, p *AccountQuota) error {
 	if _, ok := b.tree.get(AccountKey(p.Account)); !ok {
 		return fmt.Errorf("%v: %w", p.Account, ErrAbsent)
 	}
-	if q := p.Quota; min(q.Contracts, q.Workloads, q.Networks, q.Hosts) < 0 || q.Contracts > maxList {
+	if q := p.Quota; min(q.Contracts, q.Workloads, q.Networks, q.Hosts, q.Storage) < 0 || q.Contracts > maxList {
 		return fmt.Errorf("a quota of %+v", q)
 	}
 	if _, own := b.tree.get(QuotaKey(p.Account)); !own { // what it has counts among the others' no more

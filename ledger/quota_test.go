@@ -67,15 +67,15 @@ func TestManyAccountsShareOneQuota(t *testing.T) {
 			more := x.header("more")
 			tc.edit(more, 99)
 			x.refused("the one whom the grid does not know yet", x.deploy(more), "ask the grid for a quota")
-			x.refused("a quota that the account gives itself", x.tx(KindAccountQuota, Actor{ID: known}, &AccountQuota{known, Quota{9, 99, 99, 99}}, x.owner), "only acct1")
+			x.refused("a quota that the account gives itself", x.tx(KindAccountQuota, Actor{ID: known}, &AccountQuota{known, Quota{9, 99, 99, 99, 0}}, x.owner), "only acct1")
 			give := func(a identity.AccountID, q Quota) *Tx {
 				return x.tx(KindAccountQuota, Actor{ID: x.g.GridAccount()}, &AccountQuota{a, q}, x.admin)
 			}
 			x.refused("a quota for nobody", give(identity.AccountID{9}, small), "not on the ledger")
 			x.refused("a quota below zero", give(known, Quota{Hosts: -1}), "a quota of")
 			before, _ := get[Quota](x.s, SharedKey)
-			x.must(give(known, Quota{9, 99, 99, 99}))
-			if after, err := get[Quota](x.s, SharedKey); err != nil || *after != before.plus(Quota{1, 1, 1, 1}, -1) {
+			x.must(give(known, Quota{9, 99, 99, 99, 0}))
+			if after, err := get[Quota](x.s, SharedKey); err != nil || *after != before.plus(Quota{1, 1, 1, 1, 0}, -1) {
 				t.Errorf("what is shared was %+v and is %+v, %v", *before, after, err)
 			}
 			x.must(x.deploy(more)) // whatever strangers do

@@ -54,7 +54,7 @@ func life(t *testing.T) (*vectors, *State) {
 	account := g.GridAccount()
 	v.add("genesis.account", account[:])
 	limited := *g
-	limited.Limits = Limits{Account: Quota{1, 2, 3, 4}, Shared: Quota{5, 6, 7, 8}}
+	limited.Limits = Limits{Account: Quota{1, 2, 3, 4, 5}, Shared: Quota{5, 6, 7, 8, 9}}
 	v.sum("genesis.limits", limited.Encode())
 	stored := *g
 	stored.Validators = []Validator{g.Validators[0]}
@@ -104,7 +104,7 @@ func life(t *testing.T) (*vectors, *State) {
 	}
 	boss := Actor{ID: account}
 	owner := Actor{ID: apply(KindAccountCreate, Actor{}, &AccountCreate{Devices: []identity.Device{{Name: "laptop", Key: user.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public()}, user)}
-	apply(KindAccountQuota, boss, &AccountQuota{owner.ID, OwnQuota()}, admin)
+	apply(KindAccountQuota, boss, &AccountQuota{owner.ID, Quota{1024, 8192, 2048, 2048, 0}}, admin)
 	farm := identity.FarmID(apply(KindFarmAdmit, boss, &FarmAdmit{Name: "farm-1", Owner: account}, admin))
 	session := ed25519.NewKeyFromSeed(slices.Repeat([]byte{7}, 32))
 	admit := &NodeAdmit{
