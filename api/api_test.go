@@ -268,6 +268,29 @@ func TestBrokenUploads(t *testing.T) {
 }
 
 // A blob that rots on the validator's disk is refused by who fetches it, in words that say what to look at.
+// Where blobs are is the validator's own word: it may be long, or no text.
+func TestWhereBlobsAre(t *testing.T) {
+	say := api.BlobPlace{}
+	g := apitest.Start(t, func(c *api.ValidatorConfig) { c.Where = func() api.BlobPlace { return say } })
+	c := g.Client(nil)
+	for want, p := range map[string]api.BlobPlace{
+		"directory of the validator, 3 blobs":                                 {Waiting: 3},
+		"directory of the validator, 0 blobs (why)":                           {Reason: "why"},
+		"store 4/6 on 6 farms":                                                {Scheme: "4/6", Locations: 7, Farms: 6},
+		"store 4/6 on 6 farms, 2 blobs wait in the validator's directory (?)": {Scheme: "4/6", Locations: 6, Farms: 6, Waiting: 2, Reason: "\xff"},
+	} {
+		say = p
+		got, err := c.BlobPlace(t.Context())
+		if err != nil || got.String() != want {
+			t.Errorf("%v, %v, not %s", got, err, want)
+		}
+	}
+	say = api.BlobPlace{Reason: strings.Repeat("long", 10_000)}
+	if got, err := c.BlobPlace(t.Context()); err != nil || len(got.Reason) > 2000 {
+		t.Errorf("a long reason: %v", err)
+	}
+}
+
 func TestDamagedBlobs(t *testing.T) {
 	g := apitest.Start(t, nil)
 	c, ctx := g.Client(nil), g.Context()

@@ -270,6 +270,34 @@ func TestWhoStoredWhatSurvivesACrash(t *testing.T) {
 	}
 }
 
+// A validator that starts before its dispersed store is open: what is written down counts until the store can tell.
+func TestQuotasBeforeTheStoreIsOpen(t *testing.T) {
+	s := newShelf(t, Quota{AccountBytes: 1000, Bytes: 32_000})
+	s.must(1, "a", 900)
+	if err := s.v.used.close(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(s.home, storedFile)
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := openUsage(s.home, store.NewMoving(store.NewDir(t.TempDir(), 1<<20), 1<<20, true), s.q, identity.AccountID{0xee})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := u.by[identity.AccountID{1}]; a == nil || *a != (used{900, 1}) || u.bytes != 900 {
+		t.Errorf("the account has %+v, the store %d bytes", a, u.bytes)
+	}
+	if err := u.close(); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, before) {
+		t.Errorf("what was written down changed: %v", err)
+	}
+	s.open() // and the true store is believed
+}
+
 func TestStoredVector(t *testing.T) {
 	r := record{identity.AccountID{1}, store.Digest{2}, 3}
 	const want = "010000000000000000000000000000000000000000000000000000000000000002000000000000000000000000000000000000000000000000000000000000000000000000000003bd389bb3"

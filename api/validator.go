@@ -438,7 +438,7 @@ func (v *Validator) putBlob(w http.ResponseWriter, r *http.Request) {
 		case errors.Is(err, syscall.ENOSPC):
 			code, err = http.StatusInsufficientStorage, errors.New("the disk of the grid's store is full; its operator must make room there")
 		case errors.Is(err, store.ErrBusy):
-			code = http.StatusServiceUnavailable
+			code, err = http.StatusServiceUnavailable, fmt.Errorf("%w: try again when holdfast status shows more nodes up", err)
 		case errors.Is(err, errQuota):
 			code = http.StatusInsufficientStorage
 		case errors.Is(err, store.ErrDigest):

@@ -66,6 +66,7 @@ type Agent struct {
 	blobs   *store.Dir
 	runner  *sandbox.Runner
 	volumes *volume.Manager
+	fronts  *fronts
 	origin  *gateway.Origin
 	lease   *lease
 	view    *reconcile.Loop
@@ -144,6 +145,14 @@ func New(cfg Config) (*Agent, error) {
 	}); err != nil {
 		return nil, err
 	}
+	a.fronts = &fronts{
+		self: cfg.Self, dir: filepath.Join(cfg.Run, "fronts"), log: a.log, all: map[string]*front{}, taken: map[string]bool{}, wake: a.wakeAll,
+		note: func(id, text string) {
+			if err := a.runner.Note(id, text); err != nil {
+				a.log.Warn("note in the log", "error", err)
+			}
+		},
+	}
 	if a.origin, err = gateway.NewOrigin(gateway.OriginConfig{Certificate: cfg.Keys.TLS, Log: a.log}); err != nil {
 		return nil, err
 	}
@@ -167,7 +176,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	defer a.lease.close()
-	if err := errors.Join(a.blobs.Sweep(), a.volumes.Sweep()); err != nil { // what an agent that was killed left half made
+	if err := errors.Join(a.blobs.Sweep(), a.volumes.Sweep(), os.RemoveAll(a.fronts.dir)); err != nil { // what an agent that was killed left half made
 		return err
 	}
 	// Closed before anything else is opened; the reconciled rules follow with the first view.
@@ -341,6 +350,7 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 		errs = append(errs, fmt.Errorf("firewall: %w", err))
 	}
 	errs = append(errs, a.setLocation(v))
+	a.fronts.follow(Places(v.Grid, v.Nodes))
 	a.setWorkloads(s.workloads, adoptable(running))
 	errs = append(errs, a.sweep(ctx))
 	a.setEdges(v)
@@ -1108,7 +1118,7 @@ func (a *Agent) Stop(ctx context.Context) error {
 			return a.runner.Kill(ctx, s.ID)
 		})
 	}
-	errs := []error{g.Wait()}
+	errs := []error{g.Wait(), a.fronts.stopAll(grace)}
 	open, err := a.volumes.List(ctx)
 	if err != nil {
 		return errors.Join(append(errs, err)...)

@@ -63,6 +63,7 @@ type GridStore struct {
 	have []Place // the locations that the open store uses
 	why  string  // it is not open
 	bad  int     // damaged blobs that cannot be moved
+	down int     // of have, those that the ledger does not hear
 }
 
 // begunFile is in a store's directory when the store has been used: its blobs may be there and nowhere else.
@@ -121,6 +122,8 @@ func (g *GridStore) Where() api.BlobPlace {
 		p.Reason = err.Error()
 	} else if g.bad > 0 {
 		p.Reason = fmt.Sprintf("%d blobs in the directory are damaged", g.bad)
+	} else if g.down > 0 {
+		p.Reason = fmt.Sprintf("%d of %d locations are down", g.down, len(g.have))
 	}
 	p.Scheme, p.Locations, p.Farms = GridScheme().String(), len(g.have), len(farms(g.have))
 	return p
@@ -309,6 +312,15 @@ func (g *GridStore) follow(ctx context.Context, places []Place) error {
 		have = append(have, p)
 	}
 	g.say(have, "")
+	down := 0
+	for _, h := range have {
+		if !slices.ContainsFunc(places, func(p Place) bool { return p.ID == h.ID && p.Up }) {
+			down++
+		}
+	}
+	g.mu.Lock()
+	g.down = down
+	g.mu.Unlock()
 	return errors.Join(errs...)
 }
 

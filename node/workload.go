@@ -135,7 +135,7 @@ func ending(s *sandbox.Status) string {
 	switch {
 	case s.OOM:
 		return sandbox.ReasonMemory
-	case s.Reason == sandbox.ReasonLease, s.Reason == sandbox.ReasonShim, s.Reason == sandbox.ReasonStopped:
+	case s.Reason == sandbox.ReasonLease, s.Reason == sandbox.ReasonShim, s.Reason == sandbox.ReasonStopped, s.Reason == reasonTaken:
 		return s.Reason
 	case s.StartedAt.IsZero():
 		return notStarted
@@ -314,7 +314,7 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	o := observed{instances: map[string]sandbox.Status{}, leaseOK: c.agent.lease.ok(), restarts: c.restarts, now: time.Now()}
-	for _, s := range all {
+	for _, s := range append(all, c.agent.fronts.list()...) {
 		if s.Labels[label] == c.id.String() {
 			o.instances[s.ID] = s
 		}
@@ -405,6 +405,9 @@ func (c *controller) lost(s *sandbox.Status) bool {
 
 // end ends one sandbox. A cancellation or a move that comes meanwhile cuts its grace short.
 func (c *controller) end(ctx context.Context, s *sandbox.Status, now bool) error {
+	if c.agent.fronts.has(s.ID) {
+		return c.agent.fronts.stop(ctx, s.ID, now)
+	}
 	if now {
 		return c.agent.runner.Kill(ctx, s.ID)
 	}
@@ -470,6 +473,9 @@ func (c *controller) publish(w *Workload, state, reason string, healthy bool, co
 
 // prepare fetches and unpacks the image. Every layer is verified; a mismatch is an error and nothing is started.
 func (c *controller) prepare(ctx context.Context, w *Workload) error {
+	if w.Process.FrontEnd != nil {
+		return nil // it has none
+	}
 	if img, ok := c.inUse(); ok && img.Manifest == w.Process.Image.Manifest {
 		return nil
 	}
@@ -506,6 +512,9 @@ func (c *controller) inUse() (sandbox.Image, bool) {
 
 // start opens volumes, joins the network and runs the sandbox. Each part is idempotent.
 func (c *controller) start(ctx context.Context, w *Workload) error {
+	if w.Process.FrontEnd != nil {
+		return c.startFront(ctx, w)
+	}
 	spec := sandbox.Spec{
 		ID: w.Instance, Image: c.image, Args: arguments(w.Process, c.image), Env: w.Process.Environment, Cwd: w.Process.WorkingDir,
 		User: w.Process.User, Hostname: hostname(w), ReadOnly: w.Process.ReadOnly, CapAdd: w.Process.CapAdd, CapDrop: w.Process.CapDrop,
@@ -714,14 +723,20 @@ func (c *controller) startProber(ctx context.Context, w *Workload) *prober {
 		wait := min(interval, 250*time.Millisecond)
 		for {
 			pctx, cancel := context.WithTimeout(ctx, timeout)
-			code, _, err := c.agent.runner.Exec(pctx, w.Instance, sandbox.ExecSpec{Args: h.Test})
+			passed := false
+			if w.Process.FrontEnd != nil {
+				passed = c.agent.answers(pctx, w)
+			} else {
+				code, _, err := c.agent.runner.Exec(pctx, w.Instance, sandbox.ExecSpec{Args: h.Test})
+				passed = err == nil && code == 0
+			}
 			cancel()
 			if ctx.Err() != nil {
 				return
 			}
 			p.mu.Lock()
 			was := p.ok
-			p.add(time.Now(), err == nil && code == 0)
+			p.add(time.Now(), passed)
 			now, failed := p.ok, p.failures >= p.retries
 			p.mu.Unlock()
 			if was != now || failed {

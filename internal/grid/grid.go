@@ -193,8 +193,10 @@ func (g *Grid) genesis() error {
 	path := filepath.Join(g.Dir, "genesis")
 	b, err := os.ReadFile(path)
 	if err == nil {
-		g.Genesis, err = ledger.DecodeGenesis(b)
-		return err
+		if g.Genesis, err = ledger.DecodeGenesis(b); err != nil {
+			return err
+		}
+		return g.keepStoreKeys()
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -288,6 +290,26 @@ func (g *Grid) store(admin *identity.KeyFile) (*ledger.Store, error) {
 		*x.pin = pin
 	}
 	return s, store.SaveKeys(filepath.Join(g.data("validator"), StoreKeysFile), keys)
+}
+
+// keepStoreKeys makes the validator's keys of the grid's store again when they are gone.
+func (g *Grid) keepStoreKeys() error {
+	if g.Genesis.Store == (ledger.Store{}) {
+		return nil
+	}
+	_, err := os.Stat(filepath.Join(g.data("validator"), StoreKeysFile))
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	admin, err := identity.ReadKeyFile(filepath.Join(g.Dir, "grid.key"), "")
+	if err != nil {
+		return err
+	}
+	s, err := g.store(admin)
+	if err == nil && (s.FrontEnd != g.Genesis.Store.FrontEnd || s.Recovery != g.Genesis.Store.Recovery) {
+		err = errors.New("grid.key is not of this grid: its store has other keys")
+	}
+	return err
 }
 
 // Files in a validator's data directory, of the grid's own store.
