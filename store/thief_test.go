@@ -116,8 +116,18 @@ func TestWhatAThiefOfTheFrontEndDeletesIsBroughtBack(t *testing.T) {
 			} else if r, err := b.restore(); err == nil {
 				t.Errorf("control: before anything is undone it is restored, %+v", r.Recovery())
 			}
+			if keys {
+				// Who chose the log sees that there are two, and when each was written.
+				ends, err := Ends(ctx, thief.Keys, b.config().Members)
+				if err != nil || len(ends) < 2 || ends[len(ends)-1].Epoch >= head.Epoch || ends[len(ends)-1].Locations != 6 {
+					t.Fatalf("%+v, %v", ends, err)
+				}
+				if first, his := ends[len(ends)-1], ends[len(ends)-2]; his.Epoch != head.Epoch || his.Wrote.Before(began) || first.Wrote.IsZero() || first.Wrote.After(his.Wrote) {
+					t.Errorf("began %v: %+v", began, ends)
+				}
+			}
 			for _, d := range b.dirs {
-				if n, err := Undelete(ctx, d.As(location.Read|location.Recover), began); err != nil || n == 0 {
+				if n, err := Undelete(ctx, d.As(location.Read|location.Recover), began, nil); err != nil || n == 0 {
 					t.Fatal(n, err)
 				}
 			}

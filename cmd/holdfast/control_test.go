@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -21,6 +23,7 @@ import (
 
 	"holdfast/store"
 	"holdfast/store/control"
+	"holdfast/store/location"
 )
 
 // freePort finds a port that nobody has at the moment.
@@ -45,14 +48,14 @@ func writeNoise(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), b.Bytes()[:size], 0o600))
 }
 
-// askS3 is an S3 client: s3 put|get PORT CREDENTIALS BUCKET/KEY FILE, or s3 make PORT CREDENTIALS BUCKET. With ! it must be
+// askS3 is an S3 client: s3 put|get|delete PORT CREDENTIALS BUCKET/KEY [FILE], or s3 make|delete PORT CREDENTIALS BUCKET. With ! it must be
 // refused. A server that does not listen yet is waited for.
 func askS3(ts *testscript.TestScript, neg bool, args []string) {
 	var c struct {
 		Access string `json:"access_key"`
 		Secret string `json:"secret_key"`
 	}
-	method, file := map[string]string{"put": "PUT", "make": "PUT", "get": "GET"}[args[0]], ""
+	method, file := map[string]string{"put": "PUT", "make": "PUT", "get": "GET", "delete": "DELETE"}[args[0]], ""
 	var body []byte
 	if len(args) > 4 {
 		file = ts.MkAbs(args[4])
@@ -85,7 +88,7 @@ func askS3(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Fatalf("s3 %s: %v, %d %s", strings.Join(args, " "), err, status, got)
 		}
 	}
-	if (status != http.StatusOK) != neg {
+	if (status/100 != 2) != neg {
 		ts.Fatalf("s3 %s: %d %s", strings.Join(args, " "), status, got)
 	}
 	if args[0] == "get" && !neg {
@@ -199,5 +202,52 @@ func TestProgressIsShownToWhoWaits(t *testing.T) {
 	cmd.SetErr(io.Discard)
 	if seen, _ := (&app{}).watch(cmd); seen != nil {
 		t.Error("progress where nobody looks")
+	}
+}
+
+func recoveryKey(ts *testscript.TestScript, _ bool, args []string) {
+	root, err := store.ParsePhrase(ts.ReadFile(args[1]))
+	ts.Check(err)
+	pin, err := location.PinOf(root.Recovery())
+	ts.Check(err)
+	ts.Setenv(args[0], pin.String()+":recover")
+}
+
+// loot is a thief with a front end's keys: he takes every location over, deletes all that it has, tries to remove it for good,
+// and puts rubbish in place of the log.
+func loot(ts *testscript.TestScript, _ bool, args []string) {
+	keys, err := store.LoadKeys(filepath.Join(ts.MkAbs(args[0]), s3Keys))
+	ts.Check(err)
+	cert, err := location.Certificate(keys.TLS())
+	ts.Check(err)
+	ctx := context.Background()
+	deleted := 0
+	for _, url := range args[1:] {
+		p, err := control.ParseURL(url)
+		ts.Check(err)
+		c, err := location.NewClient(location.ClientConfig{Addr: p.Addr, Pin: p.Pin, Certificate: cert})
+		ts.Check(err)
+		st, err := c.Status(ctx)
+		ts.Check(err)
+		ts.Check(c.Announce(ctx, st.Epoch+1, location.Holder{6, 6, 6}))
+		ts.Check(c.PutHead(ctx, 1<<60, []byte("nothing was ever here, and nobody signed that")))
+		for {
+			all, _, err := c.List(ctx, location.Name{}, location.Live)
+			ts.Check(err)
+			if len(all) == 0 {
+				break
+			}
+			for _, i := range all {
+				ts.Check(c.Delete(ctx, i.Name))
+				if err := c.Purge(ctx, i.Name); !errors.Is(err, location.ErrRights) {
+					ts.Fatalf("the thief removes a shard for good: %v", err)
+				}
+				deleted++
+			}
+		}
+		ts.Check(c.Close())
+	}
+	if deleted == 0 {
+		ts.Fatalf("there was nothing to delete")
 	}
 }

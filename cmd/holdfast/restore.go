@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -20,6 +21,7 @@ import (
 	"holdfast/disperse"
 	"holdfast/store"
 	"holdfast/store/control"
+	"holdfast/store/location"
 )
 
 func (a *app) restoreCmd() *cobra.Command {
@@ -30,11 +32,13 @@ func (a *app) restoreCmd() *cobra.Command {
 
 func (a *app) restoreStoreCmd() *cobra.Command {
 	var o s3Options
+	var undo undoOptions
 	cmd := &cobra.Command{
 		Use: "store", Short: "Bring back a dispersed store from its phrase and its locations", Args: asUsed,
 		Long: "Makes the directory of a front end anew that was lost, from the recovery phrase and the addresses of the store's\nlocations: its keys, its metadata, the list of its locations and the queue of repairs. Whatever was acknowledged is there\nwhen at least k locations have kept it. Give all locations that there are; those that do not answer may be missing.\n\n" +
-			"From then on the locations refuse the front end that had the store before.",
-		Example: "  holdfast restore store --dir new --phrase-file /secure/phrase --scheme 2/3 \\\n    --location holdfast-location://a.example:7000/PIN,farm=anna --location …\n  holdfast restore store --dir new --location /old/locations/f1,farm=f1 --location …",
+			"From then on the locations refuse the front end that had the store before.\n\n" +
+			"--since undoes what a thief of the front end's keys, or of a credential, deleted or replaced since a time: locations hold it\nfor 24 hours, and give it back to the key of the phrase. With the keys he may have written a log of his own too: --before\ntakes the one that was before his. What others deleted meanwhile comes back as well.",
+		Example: "  holdfast restore store --dir new --phrase-file /secure/phrase --scheme 2/3 \\\n    --location holdfast-location://a.example:7000/PIN,farm=anna --location …\n  holdfast restore store --dir new --location /old/locations/f1,farm=f1 --location …\n  holdfast restore store --dir new --since 3h --location …\n  holdfast restore store --dir new --since 2026-11-26T08:00:00Z --before 4 --location …",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 				return err
@@ -44,8 +48,10 @@ func (a *app) restoreStoreCmd() *cobra.Command {
 				return wrong(cmd, errors.New("--dir is missing"))
 			case len(o.locations) == 0:
 				return wrong(cmd, errors.New("--location is missing: the store is at its locations"))
+			case undo.before > 0 && undo.since.IsZero():
+				return wrong(cmd, errors.New("--before needs --since: what was deleted since then has to come back too"))
 			}
-			return a.restoreStore(cmd, o)
+			return a.restoreStore(cmd, o, undo)
 		},
 	}
 	f := cmd.Flags()
@@ -55,8 +61,49 @@ func (a *app) restoreStoreCmd() *cobra.Command {
 	f.StringVar(&o.scheme, "scheme", "4/6", "`k/n` of class STANDARD, as run s3 had it")
 	f.StringArrayVar(&o.classes, "class", nil, "another storage class, `NAME=k/n`, as run s3 had it")
 	f.BoolVar(&o.acceptLoss, "accept-loss", false, "go on where the last writes may be lost")
+	f.Var(&undo.since, "since", "undo what was deleted since a `time`: 3h for three hours ago, or 2026-11-26T08:00:00Z")
+	f.Uint64Var(&undo.before, "before", 0, "with --since, take the log that the front ends before this `number` left")
 	return cmd
 }
+
+// undoOptions say what of a store's last day is undone.
+type undoOptions struct {
+	since  moment
+	before uint64
+}
+
+// held is how long locations hold deletes, and how long a server of ours keeps what was deleted by S3.
+const held = 24 * time.Hour
+
+// moment is a flag's time in the past.
+type moment struct{ time.Time }
+
+func (m *moment) Set(text string) (err error) {
+	if d, err := time.ParseDuration(text); err == nil {
+		m.Time = time.Now().Add(-d)
+	} else if m.Time, err = time.Parse(time.RFC3339, text); err != nil {
+		return errors.New("it is neither a duration such as 3h nor a time such as 2026-11-26T08:00:00Z")
+	}
+	switch ago := time.Since(m.Time); {
+	case ago < 0:
+		return errors.New("it has not come yet")
+	case ago > held:
+		return fmt.Errorf("it is more than %v hours ago: what was deleted then is removed by now", held.Hours())
+	}
+	return nil
+}
+
+func (m *moment) Type() string { return "time" }
+
+func (m *moment) String() string {
+	if m.IsZero() {
+		return ""
+	}
+	return stamp(m.Time)
+}
+
+// stamp is a time as commands show it, and take it.
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // restoredStore is what was found.
 type restoredStore struct {
@@ -73,8 +120,17 @@ type restoredStore struct {
 	Degraded  int64              `json:"degraded"`
 	Lost      int64              `json:"lost"`
 	Queue     int64              `json:"queue"`
+	Undone    *undone            `json:"undone,omitempty"`
 	Locations []restoredLocation `json:"locations"`
 	Next      string             `json:"next"`
+}
+
+// undone is what --since brought back.
+type undone struct {
+	Since  time.Time `json:"since"`
+	Before uint64    `json:"before,omitempty"` // front ends from this one on are left out
+	Shards int       `json:"shards"`
+	Failed []string  `json:"failed,omitempty"` // locations that gave nothing back, and why
 }
 
 type restoredLocation struct {
@@ -83,7 +139,7 @@ type restoredLocation struct {
 	State string `json:"state"` // or what is wrong with it
 }
 
-func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
+func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err error) {
 	ctx, out := cmd.Context(), cmd.OutOrStdout()
 	scheme, classes, err := schemes(cmd, o)
 	if err != nil {
@@ -126,9 +182,15 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 	if err != nil {
 		return err
 	}
+	var back *undone
+	if !u.since.IsZero() {
+		if back, err = undo(ctx, p, members, keys, root, u, cmd.ErrOrStderr()); err != nil {
+			return err
+		}
+	}
 	begin, last := time.Now(), time.Time{}
 	st, err := store.Open(ctx, store.Config{
-		Dir: filepath.Join(o.dir, s3Front), Keys: keys, Members: members.All(), Scheme: scheme, Classes: classes, Restore: true, AcceptLoss: o.acceptLoss, Fragile: true, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
+		Dir: filepath.Join(o.dir, s3Front), Keys: keys, Members: members.All(), Scheme: scheme, Classes: classes, Restore: true, Before: location.Epoch(u.before), AcceptLoss: o.acceptLoss, Fragile: true, Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
 		Replaying: func(what string, done, of int) {
 			if p.tty != nil && time.Since(begin) > 2*time.Second && (time.Since(last) > 200*time.Millisecond || done == of) {
 				last = time.Now()
@@ -152,7 +214,7 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 	r := st.Recovery()
 	got := restoredStore{
 		Dir: o.dir, Epoch: uint64(r.Epoch), From: uint64(r.From), Block: r.Block, Snapshot: r.Snapshot, Replayed: r.Replayed, Dropped: r.Dropped, KeyEpoch: st.Keys().Epoch,
-		Segments: status.Segments + status.Blocks, Bytes: status.Bytes, Degraded: status.Degraded, Lost: status.Lost, Queue: status.Queue,
+		Segments: status.Segments + status.Blocks, Bytes: status.Bytes, Degraded: status.Degraded, Lost: status.Lost, Queue: status.Queue, Undone: back,
 		Next: fmt.Sprintf("holdfast run s3 --dir %s --scheme %v", o.dir, scheme),
 	}
 	for _, c := range o.classes {
@@ -187,6 +249,12 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 	}
 	fmt.Fprintf(out, "the store is restored in %s: %s in %d segments and blocks\n", o.dir, bytesOf(got.Bytes), got.Segments)
 	fmt.Fprintf(out, "its log ends with block %d of front end %d; a snapshot of block %d and %d blocks were read\n", got.Block, got.From, got.Snapshot, got.Replayed)
+	if back != nil {
+		fmt.Fprintf(out, "%d shards are back that were deleted since %s\n", back.Shards, stamp(back.Since))
+		for _, f := range back.Failed {
+			fmt.Fprintf(out, "not those of %s\n", printable([]byte(f)))
+		}
+	}
 	if got.Dropped {
 		fmt.Fprintln(out, "one block more was begun, and nobody was told that it is durable: it is left out")
 	}
@@ -213,6 +281,55 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options) (err error) {
 		return fmt.Errorf("%d segments have fewer shards than restore them", got.Lost)
 	}
 	return nil
+}
+
+// undo has locations give back what was deleted. Which log is taken afterwards is for the user to say where there is a choice:
+// one that began lately is a thief's, or that of a front end that was started again.
+func undo(ctx context.Context, p *progress, members *control.Members, keys *store.Keys, root store.Root, u undoOptions, w io.Writer) (*undone, error) {
+	ends, err := store.Ends(ctx, keys, members.All())
+	if err != nil && !errors.Is(err, store.ErrNoStore) { // of which the restore says more
+		return nil, err
+	}
+	if u.before == 0 && len(ends) > 1 && (ends[0].Wrote.IsZero() || !ends[0].Wrote.Before(u.since.Time)) {
+		p.done()
+		rows := [][]string{{"FRONT END", "WROTE LAST", "BLOCK", "LOCATIONS"}}
+		for _, e := range ends {
+			wrote := "–"
+			if !e.Wrote.IsZero() {
+				wrote = stamp(e.Wrote)
+			}
+			rows = append(rows, []string{fmt.Sprint(e.Epoch), wrote, fmt.Sprint(e.Block), fmt.Sprint(e.Locations)})
+		}
+		table(w, rows...)
+		return nil, fmt.Errorf("%d front ends wrote the log lately, and a thief of the keys may be one: add --before NUMBER of his first; --before %d takes what the last one left", len(ends), ends[0].Epoch+1)
+	}
+	said := time.Time{}
+	all, err := members.Undelete(ctx, root.Recovery(), u.since.Time, func(n int) {
+		if p.tty != nil && time.Since(said) > 200*time.Millisecond {
+			said = time.Now()
+			p.say("%d shards are back", n)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	back := &undone{Since: u.since.Time, Before: u.before}
+	for _, l := range all {
+		back.Shards += l.N
+		if l.Err == nil {
+			continue
+		}
+		why := l.Err.Error()
+		if strings.Contains(why, "tls: ") || strings.Contains(why, "EOF") {
+			why += ": it does not allow the phrase's key, which holdfast location pin --phrase-file prints"
+		}
+		back.Failed = append(back.Failed, l.Place.Farm+": "+why)
+	}
+	p.say("%d shards are back", back.Shards)
+	if len(back.Failed) == len(all) {
+		return nil, fmt.Errorf("no location gave back what was deleted since %s\n  %s", stamp(u.since.Time), strings.Join(back.Failed, "\n  "))
+	}
+	return back, nil
 }
 
 // ask finds out who answers, before anything is changed anywhere.
