@@ -267,7 +267,7 @@ func (t *tx) keep(p Piece) {
 	v, ok := t.s.pending.Load(p.ID)
 	piece, _ := v.(*pendingPiece)
 	if !ok || piece.by == t {
-		t.fail(fmt.Errorf("keep segment %x: it is not there, or was kept", p.ID))
+		t.fail(fmt.Errorf("keep segment %v: it is not there, or was kept", p.ID))
 		return
 	}
 	piece.by = t
@@ -297,7 +297,7 @@ func (t *tx) drop(id disperse.ID, now time.Time) {
 		return
 	}
 	if !ok {
-		t.fail(fmt.Errorf("drop segment %x: it is not there", id))
+		t.fail(fmt.Errorf("drop segment %v: it is not there", id))
 		return
 	}
 	t.delete(key)

@@ -196,7 +196,7 @@ func (s *Store) takeOver(ctx context.Context) ([]*answer, error) {
 				continue
 			}
 			fenced = fenced || errors.Is(a.err, location.ErrFenced)
-			why = append(why, fmt.Errorf("location %x: %w", a.ID, a.err))
+			why = append(why, fmt.Errorf("location %v: %w", a.ID, a.err))
 		}
 		if n >= least {
 			s.recovery.Epoch = s.epoch
@@ -268,7 +268,7 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 		}
 		h, err := s.keys().verify(a.head)
 		if err != nil {
-			s.log.Warn("a location's head is not this store's", "location", fmt.Sprintf("%x", a.ID), "error", err)
+			s.log.Warn("a location's head is not this store's", "location", a.ID.String(), "error", err)
 			r.Forged = append(r.Forged, a.ID)
 		}
 		if err != nil || s.cfg.Before > 0 && h.epoch >= s.cfg.Before {
@@ -303,7 +303,7 @@ func (s *Store) newest(all []*answer, known bool) (best *head, err error) {
 			if i := s.shardAt(best, &b.record, a.ID); a.err == nil && i >= 0 && b.record.durable(i) && a.older(b.epoch, b.head) {
 				a.rolled = true
 				r.Rolled = append(r.Rolled, a.ID)
-				s.log.Warn("a location went back in time", "location", fmt.Sprintf("%x", a.ID), "head", a.head.Sequence, "of epoch", a.head.Epoch)
+				s.log.Warn("a location went back in time", "location", a.ID.String(), "head", a.head.Sequence, "of epoch", a.head.Epoch)
 			}
 		}
 	}
@@ -567,7 +567,7 @@ func (s *Store) counted(what string, all []*answer) error {
 	fenced := 0
 	for _, a := range all {
 		if a.err != nil {
-			why = append(why, fmt.Errorf("location %x: %w", a.ID, a.err))
+			why = append(why, fmt.Errorf("location %v: %w", a.ID, a.err))
 		}
 		if errors.Is(a.err, location.ErrFenced) {
 			fenced++
