@@ -99,7 +99,8 @@ func (p paced) Write(b []byte) (n int, err error) {
 const signedTrailer = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
 
 // mendTrailers is a middleware: minio-go ends the line of a signed trailer with "\n\r\n", as an example of Amazon's shows it, and
-// versitygw 1.8.0 takes the "\n" for a part of the checksum. It is left out; it is signed in any case.
+// versitygw 1.8.0 takes the "\n" for a part of the checksum. It is left out; it is signed in any case. That of an empty line
+// stays: then there is no trailer, which is an error of its own.
 func mendTrailers(c fiber.Ctx) error {
 	r := c.Request()
 	if string(r.Header.Peek("X-Amz-Content-Sha256")) == signedTrailer {
@@ -119,7 +120,8 @@ const (
 // trailing reads such a body.
 type trailing struct {
 	r    io.Reader
-	left int // bytes before the end
+	left int  // bytes before the end
+	last byte // the last of them
 	end  []byte
 	err  error // of r, behind end
 }
@@ -127,7 +129,9 @@ type trailing struct {
 func (t *trailing) Read(p []byte) (int, error) {
 	if t.left > 0 {
 		n, err := t.r.Read(p[:min(len(p), t.left)])
-		t.left -= n
+		if t.left -= n; n > 0 {
+			t.last = p[n-1]
+		}
 		return n, err
 	}
 	if t.err == nil {
@@ -136,7 +140,7 @@ func (t *trailing) Read(p []byte) (int, error) {
 		if t.err = err; err == nil {
 			t.err = io.EOF
 		}
-		if t.end = b[:n]; bytes.HasPrefix(t.end, []byte("\n"+trailerSignature)) {
+		if t.end = b[:n]; t.last != '\r' && bytes.HasPrefix(t.end, []byte("\n"+trailerSignature)) {
 			t.end = t.end[1:]
 		}
 	}
