@@ -247,8 +247,12 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err 
 	if a.json {
 		return printJSON(out, got)
 	}
-	fmt.Fprintf(out, "the store is restored in %s: %s in %d segments and blocks\n", o.dir, bytesOf(got.Bytes), got.Segments)
-	fmt.Fprintf(out, "its log ends with block %d of front end %d; a snapshot of block %d and %d blocks were read\n", got.Block, got.From, got.Snapshot, got.Replayed)
+	fmt.Fprintf(out, "the store is restored in %s: %s in %s and blocks\n", o.dir, bytesOf(got.Bytes), some(got.Segments, "segment"))
+	fmt.Fprintf(out, "its log ends with block %d of front end %d; %s read", got.Block, got.From, some(got.Replayed, "block"))
+	if got.Snapshot > 0 {
+		fmt.Fprintf(out, ", and a snapshot of block %d", got.Snapshot)
+	}
+	fmt.Fprintln(out)
 	if back != nil {
 		fmt.Fprintf(out, "%d shards are back that were deleted since %s\n", back.Shards, stamp(back.Since))
 		for _, f := range back.Failed {
@@ -266,7 +270,7 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err 
 	}
 	table(out, rows...)
 	if got.Degraded > 0 {
-		fmt.Fprintf(out, "%d segments are degraded, and wait for repair\n", got.Degraded)
+		fmt.Fprintf(out, "%s degraded, in the queue of repairs\n", some(got.Degraded, "segment"))
 	}
 	if unnamed {
 		fmt.Fprintln(out, "the store has locations that were not named: holdfast location add tells it where they are, or drain and remove them")
@@ -278,7 +282,7 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err 
 	}
 	fmt.Fprintf(out, "start it with %s\n", got.Next)
 	if got.Lost > 0 {
-		return fmt.Errorf("%d segments have fewer shards than restore them", got.Lost)
+		return lostError(got.Lost)
 	}
 	return nil
 }

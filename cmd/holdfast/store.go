@@ -123,10 +123,14 @@ func (a *app) storeStatusCmd() *cobra.Command {
 			showStore(w, st)
 		}
 		if st.Lost > 0 {
-			return fmt.Errorf("%d segments have fewer shards than restore them", st.Lost)
+			return lostError(st.Lost)
 		}
 		return nil
 	})
+}
+
+func lostError(n int64) error {
+	return fmt.Errorf("lost: %s with fewer shards than restore it", some(n, "segment"))
 }
 
 func showStore(w io.Writer, st *control.Status) {
@@ -136,14 +140,14 @@ func showStore(w io.Writer, st *control.Status) {
 	}
 	keys := fmt.Sprintf("of epoch %d", st.KeyEpoch)
 	if st.OldKey > 0 {
-		keys += fmt.Sprintf(", %d segments are under earlier ones", st.OldKey)
+		keys += fmt.Sprintf(", %s under earlier ones", some(st.OldKey, "segment"))
 	}
 	table(w,
 		[]string{"store", scheme},
-		[]string{"keeps", fmt.Sprintf("%s in %d segments and %d blocks, which hold %d small bodies", bytesOf(st.Bytes), st.Segments, st.Blocks, st.Small)},
+		[]string{"keeps", fmt.Sprintf("%s in %s and %s with %s", bytesOf(st.Bytes), some(st.Segments, "segment"), some(st.Blocks, "block"), some(st.Small, "small body"))},
 		[]string{"keys", keys},
 		[]string{"front end", fmt.Sprintf("the %s of this store, since %s", ordinal(st.Epoch), st.Started.Format("2006-01-02 15:04 MST"))},
-		[]string{"repair", fmt.Sprintf("%d segments wait", st.Queue)},
+		[]string{"repair", some(st.Queue, "segment") + " in the queue"},
 	)
 	fmt.Fprintln(w)
 	rows := [][]string{{"SCHEME", "DURABLE", "SEGMENTS", "SURVIVES THE LOSS OF"}}
@@ -173,6 +177,18 @@ func showStore(w io.Writer, st *control.Status) {
 	table(w, rows...)
 	fmt.Fprintln(w)
 	showMembers(w, st.Locations)
+}
+
+// some is a number of things.
+func some[N ~int | ~int64 | ~uint64](n N, thing string) string {
+	switch stem, y := strings.CutSuffix(thing, "y"); {
+	case n == 1:
+	case y:
+		thing = stem + "ies"
+	default:
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
 }
 
 func ordinal(n uint64) string {
@@ -256,9 +272,12 @@ func (a *app) storeScrubCmd() *cobra.Command {
 			return printJSON(w, got)
 		}
 		if got.Deep {
-			fmt.Fprintf(w, "read %d shards, %s: %d are missing or wrong\n", got.Shards, bytesOf(got.Bytes), got.Missing)
+			fmt.Fprintf(w, "read %s, %s: %d missing or wrong\n", some(got.Shards, "shard"), bytesOf(got.Bytes), got.Missing)
 		} else {
-			fmt.Fprintf(w, "compared %d shards: %d are missing or rotten; %d of nothing, %d of these removed\n", got.Shards, got.Missing, got.Orphans, got.Removed)
+			fmt.Fprintf(w, "compared %s: %d missing or rotten\n", some(got.Shards, "shard"), got.Missing)
+			if got.Orphans > 0 {
+				fmt.Fprintf(w, "%s belong to nothing any more, %d of these are removed\n", some(got.Orphans, "shard"), got.Removed)
+			}
 		}
 		if got.Missing > 0 {
 			fmt.Fprintln(w, "their segments wait for repair, which begins by itself")
@@ -322,9 +341,9 @@ func (a *app) storeRepairCmd() *cobra.Command {
 		if a.json {
 			return printJSON(w, got)
 		}
-		fmt.Fprintf(w, "made %d shards, %s: %d segments are whole, %d wait\n", got.Shards, bytesOf(got.Bytes), got.Whole, got.Queue)
+		fmt.Fprintf(w, "made %s, %s: %s whole again, %d in the queue\n", some(got.Shards, "shard"), bytesOf(got.Bytes), some(got.Whole, "segment"), got.Queue)
 		if got.Lost > 0 {
-			return fmt.Errorf("%d segments have fewer shards than restore them", got.Lost)
+			return lostError(int64(got.Lost))
 		}
 		return nil
 	})
