@@ -429,6 +429,7 @@ var executes = map[string]string{
 	"internal/box/box.go self[0]":     "self", // box.Plan.Self
 	"internal/pid1/pid1.go d.Args[0]": "self", // box.Spec.Args, or machine's
 	"internal/vm/qemu.go s.QEMU":      "qemu", // image run alone: a machine for tests
+	"node/bucket.go f.self":           "self", // node.Config.Self
 	"sandbox/sandbox.go argv[0]":      "self", // sandbox.Config.Self
 	"sandbox/sandbox.go r.cfg.Runsc":  "runsc",
 	"sandbox/shim.go s.cfg.Runsc[0]":  "runsc", // written by sandbox.go from sandbox.Config.Runsc

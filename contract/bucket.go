@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	units "github.com/docker/go-units"
 	"go.yaml.in/yaml/v3"
@@ -274,8 +275,9 @@ func (l *composer) buckets(top *extension) error {
 	}
 	h.Services = append(h.Services, s)
 	slices.SortFunc(h.Services, func(a, b Service) int { return strings.Compare(a.Name, b.Name) })
-	// It answers or it does not: what is asked for is a connection.
-	b.Services = append(b.Services, Process{Name: FrontEndService, FrontEnd: f, Restart: "always", Health: &Healthcheck{Test: []string{"GET", "/"}}})
+	// The node asks it itself. A store that is taken over needs time.
+	health := &Healthcheck{Test: []string{"GET", "/"}, Interval: 10 * time.Second, Timeout: 10 * time.Second, StartPeriod: time.Hour}
+	b.Services = append(b.Services, Process{Name: FrontEndService, FrontEnd: f, Restart: "always", Health: health})
 	slices.SortFunc(b.Services, func(a, b Process) int { return strings.Compare(a.Name, b.Name) })
 	return nil
 }

@@ -40,6 +40,7 @@ type s3Options struct {
 	locations                         []string
 	classes                           []string
 	restore, degraded, acceptLoss     bool
+	front                             bool
 }
 
 // Files of a store's directory.
@@ -61,6 +62,9 @@ func (a *app) s3Cmd() *cobra.Command {
 			if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 				return err
 			}
+			if o.front {
+				return runFront(cmd.Context(), os.Stdin, os.Stdout, os.NewFile(3, "listener"))
+			}
 			if o.dir == "" {
 				return wrong(cmd, errors.New("--dir is missing"))
 			}
@@ -77,6 +81,8 @@ func (a *app) s3Cmd() *cobra.Command {
 	f.BoolVar(&o.restore, "restore", false, "take over the store that the locations keep: needs its phrase")
 	f.BoolVar(&o.acceptLoss, "accept-loss", false, "with --restore, start where the last writes may be lost")
 	f.BoolVar(&o.degraded, "degraded-writes", false, "acknowledge writes that only k locations have")
+	f.BoolVar(&o.front, "front", false, "serve the buckets of a contract, as a node asks on standard input")
+	f.Lookup("front").Hidden = true
 	f.StringVar(&o.host, "host", "", "`name` that clients know this server by, for its certificate (default the machine's)")
 	return cmd
 }
