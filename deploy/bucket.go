@@ -10,8 +10,6 @@ import (
 	"holdfast/store"
 )
 
-const served = false // until nodes run front ends
-
 // bindStore gives a document with buckets its store: that of the revision before, or a new one.
 func (u *User) bindStore(ctx context.Context, doc *contract.Document, current *Current) error {
 	has := current != nil && current.Header.Store != (contract.Store{})
@@ -26,9 +24,6 @@ func (u *User) bindStore(ctx context.Context, doc *contract.Document, current *C
 		}
 		doc.Bind(current.Header.Store, *current.Body.FrontEnd())
 		return nil
-	}
-	if !served {
-		return errors.New("buckets of contracts are not served yet: leave x-holdfast.buckets out")
 	}
 	nodes, err := u.Client.Nodes(ctx)
 	if err != nil {

@@ -195,7 +195,7 @@ type Node struct {
 	beat    uint64
 }
 
-// Node admits a node, on a farm of its own, whose keys are made from one byte.
+// Node admits a node, on a farm of its own, which keeps shards too, and whose keys are made from one byte.
 func (g *Grid) Node(c *api.Client, name string, seed byte) *Node {
 	g.T.Helper()
 	admin, key := ledger.Actor{ID: g.Genesis.GridAccount()}, g.Admin.DeviceKey()
@@ -221,6 +221,7 @@ func (g *Grid) Node(c *api.Client, name string, seed byte) *Node {
 	a := &ledger.NodeAdmit{
 		Farm: identity.FarmID(farm.ID()), Name: name, Key: pub, Sealing: open.Public(), Session: [32]byte(n.Session.Public().(ed25519.PublicKey)),
 		WireGuard: sha256.Sum256([]byte{seed, 6}), TLS: pin, Endpoints: []string{"2001:db8::1"}, CPUMilli: 4000, Memory: 8 << 30,
+		Storage: 1 << 40, Location: sha256.Sum256([]byte{seed, 7}),
 	}
 	a.Proof = n.Key.Sign(ledger.NodeAdmitPurpose, a.ProofBytes(c.Grid()))
 	if _, err := c.Act(g.Context(), ledger.KindNodeAdmit, admin, a, key); err != nil {
