@@ -643,7 +643,7 @@ func (b *batch) contractCancel(who *signers, p *ContractCancel) error {
 	c.State = Cancelled
 	set(b, ContractKey(c.ID), c)
 	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
-	none := &contract.Header{Store: h.Store} // what its objects take, it takes for good
+	none := &contract.Header{Store: h.Store}  // what its objects take, it takes for good
 	for _, err := range []error{
 		drop(b, ContractsKey, c.ID), b.bill(c.Account, h, none), b.networks(c.ID, h, none), b.routes(c.ID, h.Routes, nil),
 	} {
