@@ -93,6 +93,7 @@ func TestGrid(t *testing.T) {
 		{"6 validator and gateway come back", killedServers},
 		{"6 everything at once", everything},
 		{"blobs outlive a farm and the validator's directory", blobsOutlive},
+		{"a bucket outlives the node that serves it", bucketOutlives},
 		{"4 a tampered image starts nothing", tampered},
 		{"PocketBase keeps what it is told", pocketBase},
 		{"2 the reader is served from nodes that nobody can listen to", reader},

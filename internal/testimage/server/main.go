@@ -5,6 +5,7 @@
 //	GET  /env /status      environment; /proc/self/status
 //	GET  /file?path=P      a file's bytes
 //	POST /file?path=P      writes the body, synced
+//	GET  /object?bucket=B&key=K  an object of a bucket, with the environment's credentials; POST writes the body
 //	GET  /alloc?mib=N      allocates and touches memory
 //	GET  /spin?ms=N        burns CPU and tells how many rounds
 //	GET  /fork?n=N         starts N sleeping processes and tells how many came up
@@ -135,6 +136,7 @@ func main() {
 		b, _ := os.ReadFile("/proc/self/status")
 		w.Write(b)
 	})
+	http.HandleFunc("/object", serveObject)
 	http.HandleFunc("GET /file", func(w http.ResponseWriter, r *http.Request) {
 		b, err := os.ReadFile(r.FormValue("path"))
 		if err != nil {
