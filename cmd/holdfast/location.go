@@ -273,7 +273,11 @@ func (a *app) locationDrainCmd() *cobra.Command {
 		if a.json {
 			err = printJSON(cmd.OutOrStdout(), got)
 		} else {
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "made %d shards elsewhere, %s; %d segments have a shard at %s yet\n", got.Shards, bytesOf(got.Bytes), got.Left, l.Farm)
+			left := "has none that is needed, and can be removed"
+			if got.Left > 0 {
+				left = "has shards of " + some(got.Left, "segment") + " yet"
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "made %s elsewhere, %s; %s %s\n", some(got.Shards, "shard"), bytesOf(got.Bytes), l.Farm, left)
 		}
 		if err == nil && got.Left > 0 {
 			err = fmt.Errorf("%s is not empty yet: the store goes on when locations answer", l.Farm)
@@ -476,7 +480,7 @@ func (a *app) showLocations(out io.Writer, all []locationSeen) error {
 		if !s.Scrubbed.IsZero() {
 			scrub = s.Scrubbed.UTC().Format("2006-01-02 15:04 MST")
 		}
-		rows = append(rows, []string{l.URL, fmt.Sprint(s.Shards), fmt.Sprint(s.Bytes), fmt.Sprint(s.Held), fmt.Sprint(s.Rotten), fmt.Sprint(s.Epoch), scrub})
+		rows = append(rows, []string{l.URL, fmt.Sprint(s.Shards), bytesOf(s.Bytes), fmt.Sprint(s.Held), fmt.Sprint(s.Rotten), fmt.Sprint(s.Epoch), scrub})
 	}
 	if a.json {
 		if err := printJSON(out, all); err != nil {
