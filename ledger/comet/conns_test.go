@@ -267,7 +267,11 @@ func TestAnswersThatNobodyTakesAreBounded(t *testing.T) {
 	}
 	// Others get their answers meanwhile, and who takes none loses his place to them.
 	for range 20 {
-		if _, err := c.Read(ctx, half...); err != nil {
+		_, err := c.Read(ctx, half...)
+		for try := 0; err != nil && try < 3; try++ { // on a busy machine he too looks like one who takes none, for a moment
+			_, err = c.Read(ctx, half...)
+		}
+		if err != nil {
 			t.Fatalf("locked out by answers that nobody takes: %v", err)
 		}
 	}
