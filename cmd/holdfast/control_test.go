@@ -205,6 +205,10 @@ func TestProgressIsShownToWhoWaits(t *testing.T) {
 	}
 }
 
+func now(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Setenv(args[0], time.Now().UTC().Format(time.RFC3339Nano))
+}
+
 func recoveryKey(ts *testscript.TestScript, _ bool, args []string) {
 	root, err := store.ParsePhrase(ts.ReadFile(args[1]))
 	ts.Check(err)

@@ -22,6 +22,7 @@ import (
 	"holdfast/store"
 	"holdfast/store/control"
 	"holdfast/store/location"
+	"holdfast/store/s3"
 )
 
 func (a *app) restoreCmd() *cobra.Command {
@@ -61,7 +62,7 @@ func (a *app) restoreStoreCmd() *cobra.Command {
 	f.StringVar(&o.scheme, "scheme", "4/6", "`k/n` of class STANDARD, as run s3 had it")
 	f.StringArrayVar(&o.classes, "class", nil, "another storage class, `NAME=k/n`, as run s3 had it")
 	f.BoolVar(&o.acceptLoss, "accept-loss", false, "go on where the last writes may be lost")
-	f.Var(&undo.since, "since", "undo what was deleted since a `time`: 3h for three hours ago, or 2026-11-26T08:00:00Z")
+	f.Var(&undo.since, "since", sinceUsage)
 	f.Uint64Var(&undo.before, "before", 0, "with --since, take the log that the front ends before this `number` left")
 	return cmd
 }
@@ -74,6 +75,8 @@ type undoOptions struct {
 
 // held is how long locations hold deletes, and how long a server of ours keeps what was deleted by S3.
 const held = 24 * time.Hour
+
+const sinceUsage = "undo what was deleted since a `time`: 3h for three hours ago, or 2026-11-26T08:00:00Z"
 
 // moment is a flag's time in the past.
 type moment struct{ time.Time }
@@ -131,6 +134,7 @@ type undone struct {
 	Before uint64    `json:"before,omitempty"` // front ends from this one on are left out
 	Shards int       `json:"shards"`
 	Failed []string  `json:"failed,omitempty"` // locations that gave nothing back, and why
+	s3.Undeleted
 }
 
 type restoredLocation struct {
@@ -203,6 +207,11 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err 
 		return restoreAdvice(err, silent, len(places))
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
+	if back != nil {
+		if back.Undeleted, err = s3.Undelete(ctx, st, u.since.Time); err != nil {
+			return err
+		}
+	}
 	// Heads do not say which shards of the last blocks have arrived: a round of repair finds out.
 	if _, err := st.RepairAt(ctx, 0, nil); err != nil {
 		return err
@@ -258,6 +267,7 @@ func (a *app) restoreStore(cmd *cobra.Command, o s3Options, u undoOptions) (err 
 		for _, f := range back.Failed {
 			fmt.Fprintf(out, "not those of %s\n", printable([]byte(f)))
 		}
+		showUndeleted(out, back.Undeleted)
 	}
 	if got.Dropped {
 		fmt.Fprintln(out, "one block more was begun, and nobody was told that it is durable: it is left out")

@@ -139,7 +139,7 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 		return err
 	}
 	eg, ctx := errgroup.WithContext(ctx)
-	cfg := s3.Config{Store: st, Listen: o.listen, Access: access, Secret: secret, Seal: [32]byte(seal), Log: logger()}
+	cfg := s3.Config{Store: st, Listen: o.listen, Access: access, Secret: secret, Seal: [32]byte(seal), Keep: held, Log: logger()}
 	w := welcome{Endpoint: "http://" + o.listen, Access: access}
 	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		name := o.host

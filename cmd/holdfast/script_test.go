@@ -61,6 +61,7 @@ func TestMain(m *testing.M) {
 //	noise FILE SIZE            a file
 //	s3 put|get|delete PORT CREDENTIALS BUCKET/KEY [FILE], s3 make PORT CREDENTIALS BUCKET   an S3 client
 //	recovery VAR PHRASE        $VAR is what a location's --allow has for the key of a phrase
+//	moment VAR                 $VAR is the time
 //	loot DIR LOCATION…         a thief with the keys in DIR, who deletes all shards and says that the log is another
 //
 // There are no machines and no gateway: whatever asks the gateway reaches the ledger's own server.
@@ -86,7 +87,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
 			"port": freePort, "noise": writeNoise, "s3": askS3,
-			"recovery": recoveryKey, "loot": loot,
+			"recovery": recoveryKey, "loot": loot, "moment": now,
 		},
 	})
 }

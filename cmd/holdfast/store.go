@@ -25,7 +25,7 @@ import (
 
 func (a *app) storeCmd() *cobra.Command {
 	cmd := group(&cobra.Command{Use: "store", Short: "Look after a dispersed store", Long: "Looks after the store that holdfast run s3 serves: each command asks the one that runs in --dir, over a socket there that\nonly its own user can use."})
-	cmd.AddCommand(a.storeStatusCmd(), a.storeScrubCmd(), a.storeAuditCmd(), a.storeRepairCmd(), a.storeRotateCmd(), a.storeUserCmd(), a.storePolicyCmd())
+	cmd.AddCommand(a.storeStatusCmd(), a.storeScrubCmd(), a.storeAuditCmd(), a.storeRepairCmd(), a.storeUndeleteCmd(), a.storeRotateCmd(), a.storeUserCmd(), a.storePolicyCmd())
 	return cmd
 }
 

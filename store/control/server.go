@@ -123,6 +123,7 @@ func (s *server) routes() http.Handler {
 	m.HandleFunc("POST /v1/audit", s.audit)
 	m.HandleFunc("POST /v1/repair", s.repair)
 	m.HandleFunc("POST /v1/rotate", s.rotate)
+	m.HandleFunc("POST /v1/undelete", s.undelete)
 	return m
 }
 

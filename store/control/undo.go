@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"sync"
 	"time"
 
 	"holdfast/store"
 	"holdfast/store/location"
+	"holdfast/store/s3"
 )
 
 // recoverer is a location that is listed by the front end's key, and undeletes by the phrase's, which may do nothing else.
@@ -75,4 +77,26 @@ func (m *Members) Undelete(ctx context.Context, recovery location.Seed, since ti
 	}
 	wg.Wait()
 	return out, ctx.Err()
+}
+
+// Since is the time from which on what S3 deleted and replaced is undone.
+type Since struct {
+	Since time.Time `json:"since"`
+}
+
+func (s *server) undelete(w http.ResponseWriter, r *http.Request) {
+	x, err := read[Since](r)
+	if err != nil {
+		answer(w, nil, err)
+		return
+	}
+	job(w, r, func(ctx context.Context, _ func(Progress)) (any, error) {
+		s.log.Info("control: undelete", "since", x.Since)
+		return s3.Undelete(ctx, s.Store, x.Since)
+	})
+}
+
+// Undelete brings back what users of S3 have deleted or replaced since a time.
+func (c *Client) Undelete(ctx context.Context, since time.Time) (s3.Undeleted, error) {
+	return call[s3.Undeleted](ctx, c, "POST", "undelete", Since{since}, nil)
 }

@@ -224,6 +224,9 @@ func (b *objects) DeleteBucket(_ context.Context, name string) error {
 			return s3err.GetBucketErr(s3err.ErrBucketNotEmpty, name)
 		}
 		tx.Delete(bucketKey(name))
+		if b.spare > 0 {
+			b.trash(tx, bucketKey(name), k.encode())
+		}
 		return nil
 	})
 }

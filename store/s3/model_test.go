@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sort"
 	"sync"
+	"time"
 
 	"holdfast/disperse"
 	"holdfast/store"
@@ -24,12 +25,13 @@ type model struct {
 	piece  int // bytes of a segment
 	small  map[disperse.ID][]byte
 	kept   map[disperse.ID]bool
+	held   map[disperse.ID]time.Time
 
 	fail func() error // of the next Update, before it happens; nil for none
 }
 
 func newModel() *model {
-	return &model{values: map[string][]byte{}, piece: 1 << 20, small: map[disperse.ID][]byte{}, kept: map[disperse.ID]bool{}}
+	return &model{values: map[string][]byte{}, piece: 1 << 20, small: map[disperse.ID][]byte{}, kept: map[disperse.ID]bool{}, held: map[disperse.ID]time.Time{}}
 }
 
 func (m *model) Write(_ context.Context, class string, r io.Reader, size int64) (body store.Body, err error) {
@@ -87,6 +89,25 @@ func (m *model) Read(_ context.Context, b store.Body, off, n int64) (io.ReadClos
 		off -= int64(len(d))
 	}
 	return io.NopCloser(io.MultiReader(all...)), nil
+}
+
+func (m *model) Retain(_ context.Context, b store.Body, until time.Time) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail != nil {
+		if err := m.fail(); err != nil {
+			return err
+		}
+	}
+	for _, p := range b.Segments {
+		if !m.kept[p.ID] {
+			return fmt.Errorf("retain segment %x: it is not kept", p.ID)
+		}
+		if until.After(m.held[p.ID]) {
+			m.held[p.ID] = until
+		}
+	}
+	return nil
 }
 
 func (m *model) View(_ context.Context, f func(store.Reader) error) error {

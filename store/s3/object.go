@@ -153,11 +153,15 @@ func (b *objects) remove(tx store.Tx, k *bucket, name string, o *object) error {
 	if b.locked(o) {
 		return s3err.GetAPIError(s3err.ErrObjectLocked)
 	}
-	tx.Delete(objectKey(k.id, name, o.at))
+	key := objectKey(k.id, name, o.at)
+	tx.Delete(key)
 	if o.null && o.at != (version{}) {
 		tx.Delete(nameKey(rowNull, k.id, name))
 	}
-	if len(o.body.Segments) > 0 {
+	switch {
+	case b.spare > 0:
+		b.trash(tx, key, o.encode())
+	case len(o.body.Segments) > 0:
 		tx.Drop(o.body)
 	}
 	return nil
@@ -190,7 +194,7 @@ func (b *objects) put(tx store.Tx, k *bucket, name string, o *object) error {
 			tx.Set(nameKey(rowNull, k.id, name), o.at[:])
 		}
 	}
-	// Here belongs store.Retain(ctx, o.body, until), once locations hold what is locked; setLock is the other place.
+	b.watch(tx, k, name, o)
 	tx.Set(objectKey(k.id, name, o.at), o.encode())
 	return nil
 }
@@ -355,6 +359,7 @@ func (b *objects) PutObject(ctx context.Context, in s3response.PutObjectInput) (
 	if err != nil {
 		return out, err
 	}
+	b.hold(o)
 	out = s3response.PutObjectOutput{ETag: *quoted(o.etag), Size: &o.size, ChecksumType: o.sum.kind()}
 	if versions {
 		out.VersionID = o.id()
@@ -592,6 +597,18 @@ func (b *objects) GetObjectAttributes(_ context.Context, in *s3.GetObjectAttribu
 	return out, nil
 }
 
+// retire ends a current version, which may be nil, and returns the delete marker that hides it if versions are kept.
+func (b *objects) retire(tx store.Tx, k *bucket, name string, o *object) (*object, error) {
+	if k.versioning != unversioned {
+		m := &object{marker: true, modified: b.now()}
+		return m, b.put(tx, k, name, m)
+	}
+	if o == nil {
+		return nil, nil
+	}
+	return nil, b.remove(tx, k, name, o)
+}
+
 func (b *objects) DeleteObject(_ context.Context, in *s3.DeleteObjectInput) (out *s3.DeleteObjectOutput, err error) {
 	name, id := str(in.Key), str(in.VersionId)
 	if err := checkName(name); err != nil {
@@ -634,18 +651,11 @@ func (b *objects) DeleteObject(_ context.Context, in *s3.DeleteObjectInput) (out
 				return err
 			}
 		}
-		if k.versioning == unversioned {
-			if o == nil {
-				return nil
-			}
-			return b.remove(tx, k, name, o)
+		m, err := b.retire(tx, k, name, o)
+		if m != nil {
+			out.DeleteMarker, out.VersionId = yes(), text(m.id())
 		}
-		m := &object{marker: true, modified: b.now()}
-		if err := b.put(tx, k, name, m); err != nil {
-			return err
-		}
-		out.DeleteMarker, out.VersionId = yes(), text(m.id())
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, err
@@ -773,6 +783,7 @@ func (b *objects) CopyObject(_ context.Context, in s3response.CopyObjectInput) (
 	if err != nil {
 		return out, err
 	}
+	b.hold(o)
 	c := o.sum.sums()
 	out.CopyObjectResult = &s3response.CopyObjectResult{
 		ETag: quoted(o.etag), LastModified: &o.modified, ChecksumType: o.sum.kind(), ChecksumCRC32: c.crc32, ChecksumCRC32C: c.crc32c, ChecksumCRC64NVME: c.crc64nvme,
@@ -789,12 +800,13 @@ func (b *objects) CopyObject(_ context.Context, in s3response.CopyObjectInput) (
 
 // alter changes what is kept beside a version.
 func (b *objects) alter(where, name, id string, f func(*bucket, *object) error) error {
-	return b.update(func(tx store.Tx) error {
+	var o *object
+	err := b.update(func(tx store.Tx) error {
 		k, err := find(tx, where)
 		if err != nil {
 			return err
 		}
-		o, err := lookup(tx, k, name, id)
+		o, err = lookup(tx, k, name, id)
 		if o != nil && o.marker {
 			err = s3err.GetAPIError(s3err.ErrMethodNotAllowed)
 		}
@@ -804,9 +816,14 @@ func (b *objects) alter(where, name, id string, f func(*bucket, *object) error) 
 		if err := f(k, o); err != nil {
 			return err
 		}
+		b.watch(tx, k, name, o)
 		tx.Set(objectKey(k.id, name, o.at), o.encode())
 		return nil
 	})
+	if err == nil {
+		b.hold(o)
+	}
+	return err
 }
 
 // beside reads what is kept beside a version.

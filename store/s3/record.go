@@ -17,10 +17,12 @@ import (
 // Rows of the metadata, by the first byte of their keys. The format is in docs/formats/objects.md.
 const (
 	rowBucket = 'b' // NAME: bucket
+	rowHold   = 'h' // BUCKET KEY VERSION: it is locked, and locations hold it
 	rowUser   = 'i' // ACCESS: user
 	rowNull   = 'n' // BUCKET KEY: where the null version of a key is, if it was written with versions suspended
 	rowObject = 'o' // BUCKET KEY VERSION: object, the newest version of a key first
 	rowPart   = 'p' // UPLOAD NUMBER: part
+	rowTrash  = 't' // TIME: a row that was deleted
 	rowUpload = 'u' // BUCKET KEY UPLOAD: upload
 )
 
@@ -223,6 +225,7 @@ type bucket struct {
 	tagged     bool // with no tags too
 	tags       map[string]string
 	class      string // of objects that do not say one
+	lifecycle  []byte
 }
 
 const (
@@ -245,7 +248,8 @@ func (k *bucket) encode() []byte {
 		b = appendInt(b, 10, 1)
 	}
 	b = appendMap(b, 11, k.tags)
-	return appendField(b, 12, k.class)
+	b = appendField(b, 12, k.class)
+	return appendField(b, 13, k.lifecycle)
 }
 
 func parseBucket(b []byte) (*bucket, error) {
@@ -282,6 +286,8 @@ func parseBucket(b []byte) (*bucket, error) {
 			err = toMap(&k.tags, v)
 		case 12:
 			k.class = string(v)
+		case 13:
+			k.lifecycle = slices.Clone(v)
 		default:
 			return errRow
 		}

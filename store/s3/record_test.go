@@ -40,6 +40,9 @@ func TestRowsAreFrozen(t *testing.T) {
 	}{
 		{"object", hex.EncodeToString(anObject().encode()), "0101010202098a80d0e2c6bfce972f032264343164386364393866303062323034653938303039393865636638343237652d32040301747605027b7d06010407065348414d4952080175090305ac020a23010200000000000000000000000000000503000000000000000000000000000000a702140a746578742f706c61696e1504677a69701606696e6c696e651702646518086e6f2d73746f726519056e657665721a062f74686572651b030161311b0201621e0943524336344e564d451f0102200c41414141414141414141413d", anObject(), func(b []byte) (any, error) { return parseObject(b, version{}) }},
 		{"bucket", hex.EncodeToString(aBucket().encode()), "010108010203000000000002098e80808abbe1abb42c03010404016105017006016307017708016c09016f0a01020b030178790c0531362f3230", aBucket(), func(b []byte) (any, error) { return parseBucket(b) }},
+		{"bucket with rules", hex.EncodeToString((&bucket{id: bucketID{1}, lifecycle: []byte("<x/>")}).encode()), "0101080100000000000000020affffafae9885fecdbc010d043c782f3e", nil, nil},
+		{"key of a hold", hex.EncodeToString(holdKey(bucketID{1}, "k", version{1})), "6801000000000000006b0001feffffffffffffffffffffffffffffff", nil, nil},
+		{"key in the trash, without its random end", hex.EncodeToString(trashKey(time.UnixMilli(258))), "740000000000000102", nil, nil},
 		{"part", hex.EncodeToString(aPart().encode()), "01020580a8d6b9070304303066660401790a1109000000000000000000000000000000091e06534841323536200178", aPart(), func(b []byte) (any, error) { return parsePart(b) }},
 		{"key of an object", hex.EncodeToString(objectKey(bucketID{1}, "a\x00b", version{1})), "6f01000000000000006100ff620001feffffffffffffffffffffffffffffff", nil, nil},
 		{"key of an upload", hex.EncodeToString(uploadKey(bucketID{1}, "k", uploadID{2})), "7501000000000000006b000102000000000000000000000000000000", nil, nil},

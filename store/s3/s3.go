@@ -23,6 +23,7 @@ import (
 	"github.com/versity/versitygw/debuglogger"
 	"github.com/versity/versitygw/embedgw"
 	"github.com/versity/versitygw/s3api"
+	"github.com/versity/versitygw/s3api/middlewares"
 	"github.com/versity/versitygw/s3err"
 
 	"holdfast/store"
@@ -31,7 +32,7 @@ import (
 
 // Config configures a server.
 type Config struct {
-	Store  store.Objects
+	Store  Store
 	Listen string // host:port
 	// Certificate and Key are files in PEM; without them there is no TLS.
 	Certificate, Key string
@@ -42,6 +43,8 @@ type Config struct {
 	Admin func(*Admin)
 	// Expire ends uploads that were not completed; 0 means 7 days.
 	Expire time.Duration
+	// Keep is how long Undelete can bring back what was deleted or replaced; it takes the place that it took. 0 means not at all.
+	Keep time.Duration
 	// Patience is how long the server waits for a client that should send or take something; 0 means a minute.
 	Patience time.Duration
 	Region   string       // "" means us-east-1
@@ -59,7 +62,7 @@ const (
 func Run(ctx context.Context, cfg Config) error {
 	cfg.Expire = cmp.Or(cfg.Expire, 7*24*time.Hour)
 	b := newBackend(cfg.Store, cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)))
-	b.patience = cmp.Or(cfg.Patience, time.Minute)
+	b.patience, b.spare = cmp.Or(cfg.Patience, time.Minute), cfg.Keep
 	u, err := newUsers(b, auth.Account{Access: cfg.Access, Secret: cfg.Secret, Role: auth.RoleAdmin}, cfg.Seal)
 	if err != nil {
 		return fmt.Errorf("serve s3: %w", err)
@@ -72,7 +75,7 @@ func Run(ctx context.Context, cfg Config) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer stop()
-	wg.Go(func() { b.runExpiry(ctx, cfg.Expire) })
+	wg.Go(func() { b.runUpkeep(ctx, cfg.Expire) })
 	served := make(chan error, 2)
 	var server *s3api.S3ApiServer
 	options := []s3api.Option{
@@ -88,9 +91,11 @@ func Run(ctx context.Context, cfg Config) error {
 		}),
 		s3api.WithMiddleware("/", mendTrailers),
 	}
+	region := cmp.Or(cfg.Region, "us-east-1")
+	options = append(options, b.lifecycleRoutes(u, middlewares.RootUserConfig{Access: cfg.Access, Secret: cfg.Secret}, region)...)
 	serve := func() error {
 		return embedgw.RunVersityGW(ctx, b, &embedgw.Config{
-			RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: cmp.Or(cfg.Region, "us-east-1"), Ports: []string{cfg.Listen},
+			RootUserAccess: cfg.Access, RootUserSecret: cfg.Secret, IAMService: u, Region: region, Ports: []string{cfg.Listen},
 			CertFile: cfg.Certificate, KeyFile: cfg.Key, KeepAlive: true, Quiet: true, LogLevel: debuglogger.LevelSilent,
 			MaxConnections: maxConnections, MaxRequests: maxRequests, MultipartMaxParts: maxParts,
 			SigHup: cfg.Reload, S3Options: options,
@@ -125,14 +130,39 @@ func (b *objects) idle(served <-chan error) error {
 	return nil
 }
 
+// runUpkeep does every hour what time asks for.
+func (b *objects) runUpkeep(ctx context.Context, expire time.Duration) {
+	for {
+		for _, u := range []struct {
+			what string
+			do   func() error
+		}{
+			{"uploads are not expired", func() error { return b.expire(b.now().Add(-expire)) }},
+			{"lifecycle rules are not followed", func() error { return b.runRules(ctx, 50*time.Millisecond) }},
+			{"what is locked is not yet held by locations", func() error { return b.renewHolds(ctx) }},
+			{"what was deleted is not let go of", func() error { return b.empty(ctx, b.now().Add(-b.spare)) }},
+		} {
+			if err := u.do(); err != nil && ctx.Err() == nil {
+				b.log.Warn(u.what, "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Hour):
+		}
+	}
+}
+
 // objects is the backend of versitygw.
 type objects struct {
 	backend.BackendUnsupported // what no method here does
-	store                      store.Objects
+	store                      Store
 	log                        *slog.Logger
 	etags                      etags
 	now                        func() time.Time
 	patience                   time.Duration // 0 is for ever
+	spare                      time.Duration // of what was deleted; 0 is not at all
 	said                       sync.Map      // errors that were logged, by text
 	busy                       atomic.Int64  // steps of requests, and bodies that are sent
 
@@ -145,7 +175,7 @@ type objects struct {
 
 var _ backend.Backend = (*objects)(nil)
 
-func newBackend(s store.Objects, log *slog.Logger) *objects {
+func newBackend(s Store, log *slog.Logger) *objects {
 	b := &objects{store: s, log: log, now: time.Now}
 	b.buckets.known = map[string]*bucket{}
 	return b

@@ -422,6 +422,7 @@ func (b *objects) CompleteMultipartUpload(_ context.Context, in *s3.CompleteMult
 	if err != nil {
 		return out, "", err
 	}
+	b.hold(o)
 	c, kind := o.sum.sums(), o.sum.kind()
 	return s3response.CompleteMultipartUploadResult{
 		Bucket: in.Bucket, Key: in.Key, ETag: quoted(o.etag), ChecksumType: &kind, ChecksumCRC32: c.crc32, ChecksumCRC32C: c.crc32c, ChecksumCRC64NVME: c.crc64nvme, ChecksumSHA1: c.sha1,
@@ -567,23 +568,15 @@ func comparePart(u uploadID, p *part, asked types.CompletedPart, implied bool) e
 	return nil
 }
 
-// runExpiry ends uploads that were begun too long ago, or whose bucket is gone.
-func (b *objects) runExpiry(ctx context.Context, after time.Duration) {
-	for {
-		if err := b.expire(b.now().Add(-after)); err != nil {
-			b.log.Warn("uploads are not expired", "error", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(time.Hour):
-		}
-	}
-}
-
+// expire ends uploads that were begun too long ago, or whose bucket is gone or ends them.
 func (b *objects) expire(before time.Time) error {
-	live := map[bucketID]bool{}
-	if err := b.walkBuckets("", "", func(_ string, k *bucket) (bool, error) { live[k.id] = true; return true, nil }); err != nil {
+	live := map[bucketID]*lifecycle{}
+	if err := b.walkBuckets("", "", func(_ string, k *bucket) (ok bool, err error) {
+		if live[k.id] = nil; k.lifecycle != nil {
+			live[k.id], err = parseLifecycle(k.lifecycle)
+		}
+		return true, err
+	}); err != nil {
 		return err
 	}
 	var old [][]byte
@@ -591,14 +584,16 @@ func (b *objects) expire(before time.Time) error {
 		c := r.Scan([]byte{rowUpload}, []byte{rowUpload + 1})
 		defer func() { err = errors.Join(err, c.Close()) }()
 		for c.Next() && len(old) < maxListed {
-			if len(c.Key()) < 1+bucketSize {
-				return errRow
+			name, _, err := splitKey(c.Key())
+			if err != nil {
+				return err
 			}
 			o, err := parseObject(c.Value(), version{})
 			if err != nil {
 				return err
 			}
-			if o.modified.Before(before) || !live[bucketID(c.Key()[1:1+bucketSize])] {
+			rules, there := live[bucketID(c.Key()[1:1+bucketSize])]
+			if !there || o.modified.Before(before) || rules.aborts(name, o, b.now()) {
 				old = append(old, slices.Clone(c.Key()))
 			}
 		}
