@@ -38,6 +38,7 @@ func (a *app) contractCmd() *cobra.Command {
 			Use: "history NAME", Short: "List a contract's revisions", Args: asUsed, Example: "  holdfast contract history reader",
 			RunE: a.withUser(a.contractHistory),
 		},
+		a.storePhraseCmd(),
 		a.contractCancelCmd(),
 	)
 	return cmd
