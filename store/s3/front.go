@@ -96,6 +96,45 @@ func (p paced) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
+// endChunks is a middleware: a body in HTTP's chunks (RFC 9112, 7.1) is read to its end, or the connection ends with its answer.
+// fasthttp leaves what nobody read, and versitygw what comes in chunks: an object's end is in the last but one. The rest would
+// be taken for the next request, and whoever writes one there could have it answered to whom the connection serves next.
+func endChunks(c fiber.Ctx) error {
+	r := c.Request().BodyStream()
+	if r == nil || c.Request().Header.ContentLength() >= 0 {
+		return c.Next()
+	}
+	body := &chunks{r: r}
+	utils.ContextKeyBodyReader.Set(c, body)
+	defer func() {
+		if c.Request().BodyStream() == nil { // it was short, and read at once
+			return
+		}
+		if conn := c.RequestCtx().Conn(); body.begun && conn != nil && conn.SetReadDeadline(time.Now().Add(time.Second)) == nil {
+			_, _ = io.CopyN(io.Discard, body, leastSent)
+		}
+		if !body.ended {
+			c.Response().Header.SetConnectionClose()
+		}
+	}()
+	return c.Next()
+}
+
+// chunks ends when its reader does, which may not be read again.
+type chunks struct {
+	r            io.Reader
+	begun, ended bool
+}
+
+func (b *chunks) Read(p []byte) (n int, err error) {
+	if b.begun = true; b.ended {
+		return 0, io.EOF
+	}
+	n, err = b.r.Read(p)
+	b.ended = err == io.EOF
+	return n, err
+}
+
 const signedTrailer = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
 
 // mendTrailers is a middleware: minio-go ends the line of a signed trailer with "\n\r\n", as an example of Amazon's shows it, and

@@ -89,6 +89,7 @@ func Run(ctx context.Context, cfg Config) error {
 				cfg.Ready()
 			}
 		}),
+		s3api.WithMiddleware("/", endChunks),
 		s3api.WithMiddleware("/", mendTrailers),
 	}
 	region := cmp.Or(cfg.Region, "us-east-1")

@@ -226,6 +226,68 @@ func TestClientsThatWaitAreLetGo(t *testing.T) {
 	})
 }
 
+// TestNoRequestHidesInABody writes a request where the server may have ceased to read a body.
+func TestNoRequestHidesInABody(t *testing.T) {
+	s := modelServer(t, "HOLDFAST_TEST_S3_PATIENCE=1s")
+	for _, path := range []string{"/hides", "/hides/secret"} {
+		if code, answer := s.ask(t, "PUT", path, "", nil); code != 200 {
+			t.Fatalf("%s: %d %s", path, code, answer)
+		}
+	}
+	write := func(method, path, frame string, header ...string) string {
+		req := s.signed(method, path, "", nil, time.Now(), header...)
+		var b bytes.Buffer
+		fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", method, path, req.URL.Host, frame)
+		req.Header.Write(&b)
+		return b.String() + "\r\n"
+	}
+	const inChunks = "Transfer-Encoding: chunked"
+	chunk := func(b string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(b), b) }
+	next := write("GET", "/hides/secret", "Connection: close")
+	object := []string{"X-Amz-Content-Sha256", "STREAMING-UNSIGNED-PAYLOAD-TRAILER", "X-Amz-Decoded-Content-Length", "3", "X-Amz-Trailer", "x-amz-checksum-crc32"}
+	framed := "3\r\nabc\r\n0\r\nx-amz-checksum-crc32:NSRBwg==\r\n\r\n"
+	bad := append(slices.Clone(object), "X-Amz-Security-Token", "no")
+	long := strings.Repeat("x", 1<<20)
+	for name, c := range map[string]struct {
+		send string
+		want string // the statuses of the answers
+	}{
+		"control: one after the other":    {write("PUT", "/hides/a", "Content-Length: 3") + "abc" + next, "200 200"},
+		"an object in chunks":             {write("PUT", "/hides/b", inChunks, object...) + chunk(framed) + chunk("") + next, "200 200"},
+		"an object in many chunks":        {write("PUT", "/hides/b", inChunks, object...) + chunk(framed[:1]) + chunk(framed[1:7]) + chunk(framed[7:]) + chunk("") + next, "200 200"},
+		"a request behind an object":      {write("PUT", "/hides/b", inChunks, object...) + chunk(framed+next) + chunk(""), "200"},
+		"after much more than the object": {write("PUT", "/hides/b", inChunks, object...) + chunk(framed+long+next), "200"},
+		"a refused object in chunks":      {write("PUT", "/none/b", inChunks, bad...) + next, "400"},
+		"a chunk that is none":            {write("PUT", "/none/b", inChunks, bad...) + chunk(framed) + next, "400"},
+		"a question with a body":          {write("GET", "/hides/none", inChunks) + next, "404"},
+		"a refused object with a length":  {write("PUT", "/none/b", fmt.Sprintf("Content-Length: %d", len(next))) + next, "404"},
+		"a long one":                      {write("PUT", "/none/b", "Content-Length: 10000000") + long + next, "404"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conn, err := net.Dial("tcp", s.url[len("http://"):])
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(time.Minute))
+			go io.WriteString(conn, c.send)
+			var got []string
+			for r := bufio.NewReader(conn); ; {
+				res, err := http.ReadResponse(r, nil)
+				if err != nil {
+					break
+				}
+				got = append(got, fmt.Sprint(res.StatusCode))
+				io.Copy(io.Discard, res.Body)
+			}
+			if g := strings.Join(got, " "); g != c.want {
+				t.Errorf("answers %q, want %q", g, c.want)
+			}
+		})
+	}
+}
+
 // TestAClockThatIsWrong gets the answer by which clients mend it.
 func TestAClockThatIsWrong(t *testing.T) {
 	s := modelServer(t)
