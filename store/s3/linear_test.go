@@ -79,6 +79,7 @@ func TestLinearUnderKills(t *testing.T) {
 				t.Fatal(err)
 			}
 			var done, open, nothing int
+			rounds := rounds
 			if races {
 				rounds = max(rounds, 100) // some machines show one late
 			}
