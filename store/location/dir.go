@@ -509,6 +509,9 @@ func (d *Dir) flush() {
 		}
 		err = errors.Join(err, d.write())
 	}
+	if err != nil && !errors.Is(err, ErrFull) {
+		err = fmt.Errorf("%w: %v", ErrBroken, err)
+	}
 
 	d.mu.Lock()
 	var unused []uint64
@@ -537,8 +540,8 @@ func (d *Dir) flush() {
 	}
 	if err == nil {
 		d.current.size += int64(len(d.out))
-	} else if !errors.Is(err, ErrFull) && d.broken == nil {
-		d.broken = fmt.Errorf("%w: %v", ErrBroken, err)
+	} else if errors.Is(err, ErrBroken) && d.broken == nil {
+		d.broken = err
 		d.log.Error("the location cannot write any more", "dir", d.cfg.Path, "error", err)
 	}
 	d.queue = d.queue[len(batch):]
@@ -687,12 +690,19 @@ func (d *Dir) follows(body []byte, by Holder) (*record, error) {
 	return nil, fmt.Errorf("sequence %d is there: %w", was.Sequence, ErrOldHead)
 }
 
-// write appends the batch and syncs. When there is no space for it, nothing of it stays.
+// write appends the batch and syncs. When there is no space for it, nothing of it stays. A file that somebody removed takes
+// bytes and keeps none.
 func (d *Dir) write() error {
 	s := d.current
 	_, err := s.f.WriteAt(d.out, s.size)
 	if err == nil {
 		err = d.sync(s.f)
+	}
+	var st syscall.Stat_t
+	if err == nil {
+		if err = syscall.Fstat(int(s.f.Fd()), &st); err == nil && st.Nlink == 0 {
+			err = fmt.Errorf("%s was removed", s.f.Name())
+		}
 	}
 	if isFull(err) {
 		if err := errors.Join(s.f.Truncate(s.size), datasync(s.f)); err != nil {

@@ -484,6 +484,26 @@ func TestAFileThatIsMissingIsRot(t *testing.T) {
 	}
 }
 
+// TestADirectoryThatWasRemovedAcknowledgesNothing: the files that are open take bytes that nobody finds again.
+func TestADirectoryThatWasRemovedAcknowledgesNothing(t *testing.T) {
+	for _, size := range []int{100, 100 << 10} {
+		cfg := Config{Path: t.TempDir()}
+		d := open(t, cfg)
+		defer d.Close()
+		a := announced(t, d.As(everything), 1)
+		n, b := shardOf(t, size)
+		good(t, "put", a.Put(t.Context(), n, b, time.Time{}))
+		good(t, "remove", os.RemoveAll(cfg.Path))
+		m, c := shardOf(t, size)
+		if err := a.Put(t.Context(), m, c, time.Time{}); err == nil {
+			t.Errorf("%d bytes were acknowledged", size)
+		}
+		small, c := shardOf(t, 100)
+		wants(t, "put", a.Put(t.Context(), small, c, time.Time{}), ErrBroken)
+		wants(t, "delete", a.Delete(t.Context(), n), ErrBroken)
+	}
+}
+
 // TestFullDisk fills a small tmpfs. Reads and deletes go on, and nothing is spoilt.
 func TestFullDisk(t *testing.T) {
 	path := t.TempDir()
