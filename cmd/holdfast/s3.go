@@ -15,10 +15,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,6 +102,9 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 	host, _, err := net.SplitHostPort(o.listen)
 	if err != nil {
 		return wrong(cmd, fmt.Errorf("--listen: %w", err))
+	}
+	if err := firstPlacement(o.dir, scheme, classes, places); err != nil {
+		return err
 	}
 	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return err
@@ -185,6 +190,30 @@ func (a *app) runS3(cmd *cobra.Command, o s3Options) (err error) {
 		return ctx.Err() // ends the others
 	})
 	return ended(cmd.Context(), eg.Wait())
+}
+
+// firstPlacement refuses schemes that the named locations cannot bear, before a first start makes keys and shows a phrase. What a
+// store has become since, the store knows.
+func firstPlacement(dir string, scheme disperse.Scheme, classes map[string]disperse.Scheme, named []control.Place) error {
+	if _, err := os.Lstat(filepath.Join(dir, s3Keys)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if len(named) == 0 {
+		named = directories(scheme.N)
+	}
+	var members []store.Member
+	for _, p := range named {
+		members = append(members, store.Member{Farm: p.Farm})
+	}
+	if err := store.Placement(scheme, members); err != nil {
+		return fmt.Errorf("--scheme: %w", err)
+	}
+	for _, name := range slices.Sorted(maps.Keys(classes)) {
+		if err := store.Placement(classes[name], members); err != nil {
+			return fmt.Errorf("--class %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // schemes are those of class STANDARD and of the others.
