@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"holdfast/api"
@@ -58,6 +59,8 @@ type GridStore struct {
 	// The loop's alone.
 	open *store.Store // nil while it is not
 	stop func() error // ends it
+
+	ended atomic.Bool // the open one, by itself
 
 	mu   sync.Mutex
 	have []Place // the locations that the open store uses
@@ -184,6 +187,11 @@ func (g *GridStore) step(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	places := Places(g.cfg.Client.Grid(), nodes)
+	if g.ended.Swap(false) {
+		if err := g.shut(); err != nil {
+			g.log.Warn("shut the grid's store", "error", err)
+		}
+	}
 	if g.open == nil {
 		return g.begin(ctx, places)
 	}
@@ -212,7 +220,7 @@ func (g *GridStore) begin(ctx context.Context, places []Place) (time.Duration, e
 		}
 		use, restore = up, false
 		st, err = g.start(ctx, use, restore)
-	case errors.Is(err, store.ErrExists):
+	case errors.Is(err, store.ErrExists), errors.Is(err, store.ErrDamaged):
 		restore = true
 		st, err = g.start(ctx, use, restore)
 	}
@@ -265,7 +273,11 @@ func (g *GridStore) start(ctx context.Context, places []Place, restore bool) (*s
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		st.Run(life)
+		if err := st.Run(life); err != nil {
+			g.log.Error("the grid's store ends", "error", err)
+			g.ended.Store(true)
+			g.loop.Wake()
+		}
 	}()
 	g.open = st
 	g.stop = func() error {

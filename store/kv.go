@@ -84,7 +84,8 @@ func sequenceKey(table byte, seq uint64) []byte {
 var errRow = errors.New("metadata has a row that is not in its format")
 
 // The log is the truth: the database need not survive more than the process.
-func databaseOptions(cache *pebble.Cache, log *slog.Logger) *pebble.Options {
+// spoilt is told of a damage that Pebble meets in its files, maybe while it works by itself.
+func databaseOptions(cache *pebble.Cache, log *slog.Logger, spoilt func(error)) *pebble.Options {
 	o := &pebble.Options{
 		Cache:                       cache,
 		FormatMajorVersion:          pebble.FormatNewest,
@@ -93,6 +94,7 @@ func databaseOptions(cache *pebble.Cache, log *slog.Logger) *pebble.Options {
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       24,
 		Logger:                      databaseLog{log},
+		EventListener:               &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) { spoilt(i.Details) }},
 	}
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)

@@ -420,12 +420,16 @@ func (s *Store) run(g *group, f func(*tx) error) (err error) {
 	return t.err
 }
 
-// runLog makes blocks of groups, one at a time, until the store is closed or another front end has it.
+// runLog makes blocks of groups, one at a time, until the store is closed, another front end has it, or its database is
+// damaged.
 func (s *Store) runLog() {
 	for {
 		select {
 		case <-s.life.Done():
 			s.end(errClosed)
+			return
+		case <-s.sound.Done():
+			s.end(context.Cause(s.sound))
 			return
 		case <-s.wake:
 		}

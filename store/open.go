@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -71,7 +72,8 @@ type Store struct {
 	epoch  location.Epoch
 	holder location.Holder
 	db     *pebble.DB
-	places // segment.go, places.go
+	sound  context.Context // ends, with the reason, when the database's files are damaged
+	places                 // segment.go, places.go
 
 	coders sync.Map // of disperse.Scheme: *disperse.Coder
 
@@ -190,6 +192,9 @@ func (s *Store) shut() error {
 	}
 	if s.db != nil {
 		err = errors.Join(err, s.db.Close())
+		if s.sound.Err() != nil { // the locations know all that it knew
+			err = s.setAside()
+		}
 	}
 	return err
 }
@@ -232,19 +237,22 @@ func (s *Store) begin(ctx context.Context) (_ context.Context, end func(), err e
 }
 
 // Run does what a store does by itself until ctx ends: it notices another front end, takes snapshots, and sees to its
-// segments.
+// segments. It returns ErrDamaged if the directory's files are: Close then sets them aside.
 func (s *Store) Run(ctx context.Context) error {
 	ctx, end, err := s.begin(ctx)
 	if err != nil {
 		return err
 	}
 	defer end()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.sound, cancel)()
 	var wg sync.WaitGroup
 	wg.Go(func() { s.runHeartbeat(ctx) })
 	wg.Go(func() { s.runSnapshots(ctx) })
 	s.runPlaces(ctx)
 	wg.Wait()
-	return nil
+	return context.Cause(s.sound)
 }
 
 func (s *Store) coder(c disperse.Scheme) (*disperse.Coder, error) {
@@ -265,17 +273,39 @@ func quorum(c disperse.Scheme) int { return min(c.N, max(c.K+1, (c.N+c.K+1)/2)) 
 func (s *Store) openDatabase() error {
 	cache := pebble.NewCache(64 << 20) // memtables count too
 	defer cache.Unref()
-	dir := filepath.Join(s.cfg.Dir, "metadata")
-	db, err := pebble.Open(dir, databaseOptions(cache, s.log))
+	open := func() (err error) {
+		sound, spoil := context.WithCancelCause(context.Background())
+		s.sound = sound
+		s.db, err = pebble.Open(s.metadata(), databaseOptions(cache, s.log, func(err error) { spoil(fmt.Errorf("%w: %w", ErrDamaged, err)) }))
+		return err
+	}
+	err := open()
 	if s.cfg.Restore && pebble.IsCorruptionError(err) {
 		s.log.Warn("the database is damaged, and made anew from the locations", "error", err)
-		if err = os.RemoveAll(dir); err == nil {
-			db, err = pebble.Open(dir, databaseOptions(cache, s.log))
+		if err = s.setAside(); err == nil {
+			err = open()
 		}
 	}
+	if pebble.IsCorruptionError(err) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
 	if err != nil {
+		s.db = nil
 		return fmt.Errorf("database: %w", err)
 	}
-	s.db = db
+	return nil
+}
+
+func (s *Store) metadata() string { return filepath.Join(s.cfg.Dir, "metadata") }
+
+// setAside keeps a damaged database for who wants to look at it, until the next is.
+func (s *Store) setAside() error {
+	aside := s.metadata() + ".damaged"
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if err := os.Rename(s.metadata(), aside); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	return nil
 }

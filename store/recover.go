@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -541,7 +540,7 @@ func (s *Store) blockOf(ctx context.Context, r *ref) ([]byte, block, error) {
 func (s *Store) emptyDatabase() error {
 	err := s.db.Close()
 	s.db = nil
-	if err := errors.Join(err, os.RemoveAll(filepath.Join(s.cfg.Dir, "metadata"))); err != nil {
+	if err := errors.Join(err, os.RemoveAll(s.metadata())); err != nil {
 		return err
 	}
 	return s.openDatabase()

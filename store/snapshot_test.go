@@ -243,6 +243,56 @@ func TestADamagedDatabaseIsRestored(t *testing.T) {
 	}
 }
 
+// A table is gone under a front end that works: Pebble finds out by itself. The front end ends, the process does not.
+func TestADatabaseDamagedAtWorkEnds(t *testing.T) {
+	ctx := t.Context()
+	b := newBed(t, 4, 6)
+	s := b.open()
+	ran := make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	for _, v := range []string{"0", "1"} { // two tables, so that a compaction reads them
+		if err := set(ctx, s, "a", v); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.db.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tables, err := filepath.Glob(filepath.Join(s.metadata(), "*.sst"))
+	if err != nil || len(tables) == 0 {
+		t.Fatal(tables, err)
+	}
+	for _, f := range tables {
+		if err := os.WriteFile(f, bytes.Repeat([]byte("spoilt "), 1000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	compaction, stop := context.WithCancel(ctx) // Pebble tries it for ever
+	defer stop()
+	go s.db.Compact(compaction, []byte{0}, []byte{0xff}, false)
+	if err := <-ran; !errors.Is(err, ErrDamaged) {
+		t.Errorf("it ran until %v", err)
+	}
+	stop()
+	if err := set(ctx, s, "b", "2"); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a change after it: %v", err)
+	}
+	s.Close()
+	if s, err := Open(ctx, b.config()); !errors.Is(err, ErrExists) {
+		s.Close()
+		t.Fatalf("what was set aside is not asked for: %v", err)
+	}
+	c := b.config()
+	c.Restore = true
+	if s, err = Open(ctx, c); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if got := value(t, s, "a"); got != "1" {
+		t.Errorf("a is %q", got)
+	}
+}
+
 // The front end dies between the steps of a snapshot. What is left is whole, and the next one goes on.
 func TestAFrontEndDiesInASnapshot(t *testing.T) {
 	ctx := t.Context()

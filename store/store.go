@@ -19,6 +19,9 @@ var (
 	ErrClass = errors.New("storage class is unknown")
 	// ErrOld is returned when another front end has taken the store over.
 	ErrOld = errors.New("another front end has this store now")
+	// ErrDamaged is returned when files of the front end's directory are damaged or gone. A restore makes them anew from the
+	// locations.
+	ErrDamaged = errors.New("files of the front end are damaged")
 )
 
 // Member is a place that a store uses.
