@@ -301,7 +301,8 @@ func supported(section string) []string {
 		"network":      {"driver"},
 		"config":       {"file", "content", "environment"},
 		"secret":       {"file", "environment"},
-		"x file":       {"routes", "placement", "buckets", "storage"},
+		"x file":       {"routes", "placement", "buckets", "storage", "approvals"},
+		"approval":     {"need", "of", "acts"},
 		"bucket":       {"versioning"},
 		"x svc":        {"placement", "egress", "buckets"},
 		"x vol":        {"size"},
@@ -469,7 +470,7 @@ func (l *composer) check() error {
 	if err := l.checkPlacement(child(x, "placement"), "x-holdfast.placement"); err != nil {
 		return err
 	}
-	if err := l.checkBuckets(x); err != nil {
+	if err := errors.Join(l.checkBuckets(x), l.approvals(x)); err != nil {
 		return err
 	}
 	for _, s := range []struct {

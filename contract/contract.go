@@ -90,6 +90,8 @@ type Header struct {
 	KeyCommitment  [32]byte `cbor:"15,keyasint" json:"-"`
 
 	Store Store `cbor:"16,keyasint,omitzero" json:"store,omitzero"` // of its buckets; zero: it has none
+
+	Approvals []identity.Approval `cbor:"17,keyasint,omitempty" json:"approvals,omitempty"` // beside what the account's policy asks for
 }
 
 // Service is what the grid must know of a service to place it and to bound it.

@@ -62,6 +62,7 @@ func vectorStore() (*Header, *Keys, *Body) {
 		{Name: "web", Replicas: 1, CPUMilli: 250, Memory: 128 << 20, Pids: 100, Networks: []string{"default"}},
 	}
 	h.Volumes, h.Routes, h.Store = nil, nil, Store{fill32(0x30), fill32(0x31), 1 << 30}
+	h.Approvals = []identity.Approval{{Name: "budget", Need: 2, Parties: []identity.Party{{Account: fill32(0x33), Weight: 1}, {Account: fill32(0x34), Weight: 2}}, Acts: []identity.Act{identity.ActCancel, identity.ActRevise}}}
 	b.Certificates = nil
 	b.Services = []Process{
 		{Name: "s3", Image: Image{Blobs: []Blob{}}, FrontEnd: &FrontEnd{fill32(0x32), []byte("keys"), "HFACCESS00000000", "secretsecretsecret", []Bucket{{"avatars", true}, {"uploads", false}}}},

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"holdfast/internal/canonical"
 )
 
 // Plan is the difference between what a contract says now and what it would say.
@@ -160,6 +162,10 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 	}
 	for _, r := range h.Routes {
 		add("", "route "+r.Host, fmt.Sprintf("%s port %d", r.Service, r.Port))
+	}
+	for i := range h.Approvals {
+		a := &h.Approvals[i]
+		add("", "approval "+a.Name, approvalText(a), hex.EncodeToString(canonical.Encode(a)))
 	}
 	if h.Store != (Store{}) {
 		add("", "storage on each location", bytesText(h.Store.Limit), h.Store.Limit)

@@ -122,6 +122,9 @@ func (h *Header) Validate() error {
 	if err := names("network", h.Networks, MaxNetworks); err != nil {
 		return err
 	}
+	if err := validApprovals(h.Approvals); err != nil {
+		return err
+	}
 	volumes := make([]string, len(h.Volumes))
 	for i, v := range h.Volumes {
 		volumes[i] = v.Name

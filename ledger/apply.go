@@ -32,6 +32,9 @@ type signers struct {
 	devices []identity.DeviceID
 	account *identity.Account // nil for a node and for account.create
 	node    *Node
+
+	consented []identity.AccountID // beside account, who consented to what is proposed
+	ripe      bool                 // its time has come
 }
 
 // authenticate checks grid and signatures. It reads keys from the state, so that a transaction of an unknown actor fails.
@@ -122,7 +125,13 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 	} else if tx.Nonce != 0 || tx.Until != 0 || tx.Actor != (Actor{}) {
 		return nil, CodeInvalid, errors.New("an account's creation has no actor, no nonce and no last time")
 	}
-	if err := b.execute(tx, who); err != nil {
+	before := *b
+	err = b.execute(tx, who)
+	if open := new(unripe); errors.As(err, &open) {
+		*b = before
+		err = b.propose(tx, who, open)
+	}
+	if err != nil {
 		err = fmt.Errorf("%s: %w", tx.Kind, err)
 		if who.could(tx.Kind) && !errors.As(err, new(notAllowed)) {
 			return tx, CodeRefused, err
@@ -159,6 +168,12 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActCreate, identity.ActRevise}
 	case KindContractCancel:
 		return []identity.Act{identity.ActCancel}
+	case KindContractState:
+		return []identity.Act{identity.ActPause, identity.ActCancel}
+	case KindAccountPolicy:
+		return []identity.Act{identity.ActPolicy}
+	case KindConsent:
+		return []identity.Act{identity.ActApprove}
 	case KindEnvelopePut:
 		return []identity.Act{identity.ActRevise}
 	}
@@ -196,6 +211,14 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *ContractSubmit) error { return b.contractSubmit(tx, who, p) })
 	case KindContractCancel:
 		return with(tx, func(p *ContractCancel) error { return b.contractCancel(who, p) })
+	case KindContractState:
+		return with(tx, func(p *ContractState) error { return b.contractState(who, p) })
+	case KindAccountPolicy:
+		return with(tx, func(p *AccountPolicy) error { return b.accountPolicy(who, p) })
+	case KindConsent:
+		return with(tx, func(p *Consent) error { return b.consent(who, p) })
+	case KindWithdraw:
+		return with(tx, func(p *Withdraw) error { return b.withdraw(who, p) })
 	case KindEnvelopePut:
 		return with(tx, func(p *EnvelopePut) error { return b.envelopePut(who, p) })
 	case KindVolumeCreated:
@@ -265,7 +288,7 @@ func (b *batch) farmAdmit(tx *Tx, who *signers, p *FarmAdmit) error {
 	f := &Farm{ID: identity.FarmID(tx.ID()), Name: p.Name, Owner: p.Owner}
 	set(b, FarmKey(f.ID), f)
 	set(b, farmNameKey(p.Name), &f.ID)
-	return push(b, FarmsKey, f.ID)
+	return errors.Join(push(b, FarmsKey, f.ID), who.agreed(identity.ActAdmitFarm))
 }
 
 func validEndpoints(eps []string) error {
@@ -331,7 +354,7 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	b.fleet = append(slices.Clone(b.fleet), schedule.Node{
 		ID: id, Name: n.Name, Farm: n.FarmName, CPUMilli: int64(n.CPUMilli), Memory: memoryOf(n), Workloads: schedule.MaxWorkloads,
 	})
-	return push(b, NodesKey, id)
+	return errors.Join(push(b, NodesKey, id), who.agreed(identity.ActAdmitNode))
 }
 
 // Uses of a node's keys, as they are named in its records and in refusals.
@@ -426,7 +449,7 @@ func (b *batch) gatewayAdmit(who *signers, p *GatewayAdmit) error {
 		return err
 	}
 	set(b, GatewayKey(g.ID), g)
-	return push(b, GatewaysKey, g.ID)
+	return errors.Join(push(b, GatewaysKey, g.ID), who.agreed(identity.ActAdmitGateway))
 }
 
 func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
@@ -438,15 +461,28 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 		return fmt.Errorf("header is for %v", h.Grid)
 	}
 	id, rev := h.ContractID(), h.RevisionID()
-	act := identity.ActRevise
-	if h.Revision == 1 {
-		act = identity.ActCreate
+	var c *Contract
+	was := &contract.Header{} // the revision before, empty for the first
+	if h.Revision > 1 {
+		// Who may do it depends on what it changes. Before it is known that the signer may, it says no more than that.
+		if c, err = get[Contract](&b.State, ContractKey(id)); err == nil {
+			was, err = b.header(c.Current)
+		}
+		if err != nil {
+			return fmt.Errorf("%v: %w", id, err)
+		}
 	}
+	act := h.Act(was)
 	if err := who.allowed(h.Account, act); err != nil {
 		return err
 	}
-	var c *Contract
-	was := &contract.Header{} // the revision before, empty for the first
+	for i := range h.Approvals {
+		for _, p := range h.Approvals[i].Parties {
+			if _, ok := b.tree.get(AccountKey(p.Account)); !ok {
+				return fmt.Errorf("approval %q: %v: %w", h.Approvals[i].Name, p.Account, ErrAbsent)
+			}
+		}
+	}
 	if h.Revision == 1 {
 		if _, taken := b.tree.get(ContractKey(id)); taken {
 			return fmt.Errorf("%v exists", id)
@@ -460,27 +496,21 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 			return err
 		}
 	} else {
-		if c, err = get[Contract](&b.State, ContractKey(id)); err != nil {
-			return fmt.Errorf("%v: %w", id, err)
-		}
 		switch {
 		case c.Account != h.Account:
 			return fmt.Errorf("%v belongs to %v", id, c.Account)
-		case c.State != Active:
+		case c.State != Active && c.State != Paused:
 			return fmt.Errorf("%v is %s", id, c.State)
 		case c.Name != h.Name:
 			return fmt.Errorf("%v is named %q, a revision cannot rename it to %q", id, c.Name, h.Name)
 		case c.Current != h.Previous || h.Revision != c.Revision+1:
 			return fmt.Errorf("revision %d on %v: the current revision is %d, %v; plan again", h.Revision, h.Previous, c.Revision, c.Current)
 		}
-		if was, err = b.header(c.Current); err != nil {
-			return err
-		}
 	}
 	if err := b.bill(h.Account, was, h); err != nil {
 		return err
 	}
-	if err := b.putEnvelopes(p.Envelopes, rev, c.Account); err != nil {
+	if err := b.putEnvelopes(p.Envelopes, rev, readers(h, who.account)); err != nil {
 		return err
 	}
 	c.Current, c.Revision, c.Revisions, c.Times = rev, h.Revision, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
@@ -499,6 +529,9 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 		return err
 	}
 	if err := b.routes(id, was.Routes, h.Routes); err != nil {
+		return err
+	}
+	if err := who.agreed(act, kept(was, h, act), h.Consents(act)); err != nil {
 		return err
 	}
 	return b.settle(id)
@@ -625,35 +658,6 @@ func (b *batch) routes(id contract.ID, was, want []contract.Route) error {
 	return nil
 }
 
-func (b *batch) contractCancel(who *signers, p *ContractCancel) error {
-	c, err := get[Contract](&b.State, ContractKey(p.Contract))
-	if err != nil {
-		return fmt.Errorf("%v: %w", p.Contract, err)
-	}
-	if err := who.allowed(c.Account, identity.ActCancel); err != nil {
-		return err
-	}
-	if c.State != Active {
-		return fmt.Errorf("%v is %s", p.Contract, c.State)
-	}
-	h, err := b.header(c.Current)
-	if err != nil {
-		return err
-	}
-	c.State = Cancelled
-	set(b, ContractKey(c.ID), c)
-	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
-	none := &contract.Header{Store: h.Store}  // what its objects take, it takes for good
-	for _, err := range []error{
-		drop(b, ContractsKey, c.ID), b.bill(c.Account, h, none), b.networks(c.ID, h, none), b.routes(c.ID, h.Routes, nil),
-	} {
-		if err != nil {
-			return err
-		}
-	}
-	return b.settle(c.ID)
-}
-
 func (b *batch) envelopePut(who *signers, p *EnvelopePut) error {
 	if len(p.Envelopes) == 0 {
 		return errors.New("no envelopes")
@@ -680,10 +684,14 @@ func (b *batch) envelopePut(who *signers, p *EnvelopePut) error {
 	} else if err := who.allowed(h.Account, identity.ActRevise); err != nil {
 		return err
 	}
-	return b.putEnvelopes(p.Envelopes, rev, h.Account)
+	owner, err := get[identity.Account](&b.State, AccountKey(h.Account))
+	if err != nil {
+		return fmt.Errorf("%v: %w", h.Account, err)
+	}
+	return b.putEnvelopes(p.Envelopes, rev, readers(h, owner))
 }
 
-func (b *batch) putEnvelopes(es []contract.Envelope, rev contract.RevisionID, owner identity.AccountID) error {
+func (b *batch) putEnvelopes(es []contract.Envelope, rev contract.RevisionID, readers []identity.AccountID) error {
 	for i := range es {
 		e := &es[i]
 		if e.Revision != rev {
@@ -694,7 +702,7 @@ func (b *batch) putEnvelopes(es []contract.Envelope, rev contract.RevisionID, ow
 		}
 		switch e.Kind {
 		case contract.RecipientAccount:
-			if identity.AccountID(e.Recipient) != owner {
+			if !slices.Contains(readers, identity.AccountID(e.Recipient)) {
 				return errors.New("envelope for another account")
 			}
 		case contract.RecipientNode:

@@ -82,7 +82,7 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("assignments of %v: %w", id, err)
 	}
-	if c.State != Active && len(old.Current) == 0 {
+	if !c.Runs() && len(old.Current) == 0 {
 		return false, nil
 	}
 	h, err := b.header(c.Current)
@@ -98,7 +98,7 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 	fleet := slices.Clone(b.fleet)
 	charge(fleet, was, old.Current, -1)
 	next := &Assignments{Revision: c.Current, Floor: old.Floor}
-	if c.State == Active {
+	if c.Runs() {
 		if next.Current, err = b.place(fleet, id, h, old); err != nil {
 			return false, err
 		}

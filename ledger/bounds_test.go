@@ -249,7 +249,7 @@ func TestARevisedContractStaysSmall(t *testing.T) {
 	if err != nil || len(c.Revisions) != MaxRevisions || len(c.Times) != MaxRevisions || c.Revisions[MaxRevisions-1] != next.RevisionID() || c.Revision != 1<<20+1 {
 		t.Fatalf("%d revisions are listed, the current one is %d: %v", len(c.Revisions), c.Revision, err)
 	}
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
 }
 
 // A node that changes touches its own contracts and those that wait, and nothing else: what is wrong on purpose in another
@@ -322,7 +322,7 @@ func TestWhoWaitsGetsRoomThatComes(t *testing.T) {
 	if x.s.Root() != root {
 		t.Error("nothing changed, and the state did")
 	}
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{big.ContractID()}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{big.ContractID()}, x.owner))
 	if n := placed(); n != 12 {
 		t.Errorf("the big one went, and %d of 12 are placed", n)
 	}
@@ -433,7 +433,7 @@ func TestTheFleetAtHandIsTheRecords(t *testing.T) {
 			x.must(x.deploy(h))
 			live[name] = h
 		case k == 0:
-			x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+			x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 			delete(live, name)
 		case k < 3:
 			id := h.ContractID()
@@ -537,8 +537,8 @@ func TestARefusedTransactionIsSpent(t *testing.T) {
 	})
 	deploy := x.deploy(x.header("app"))
 	x.refused("a host of another", deploy, "belongs to another")
-	x.must(x.tx(KindContractCancel, Actor{ID: squatter}, &ContractCancel{squat.ContractID()}, x.owner))
-	x.at = x.at.Add(365 * 24 * time.Hour)
+	x.ends(x.tx(KindContractCancel, Actor{ID: squatter}, &ContractCancel{squat.ContractID()}, x.owner))
+	x.pass(365 * 24 * time.Hour)
 	x.refused("the same bytes a year later", deploy, "nonce")
 	x.must(x.deploy(x.header("app")))
 }
@@ -601,7 +601,7 @@ func TestNetworksComeBack(t *testing.T) {
 	if got := index(c, "n0"); got != maxNetwork-2 {
 		t.Errorf("the network that a revision dropped had %d, the next one has %d", maxNetwork-2, got)
 	}
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
 	d := x.header("d", nets(2, "n"))
 	x.must(x.deploy(d))
 	if a, b := index(d, "n0"), index(d, "n1"); a != maxNetwork-4 || b != maxNetwork-3 {
@@ -630,7 +630,7 @@ func TestQuotas(t *testing.T) {
 		x.refused("with all its "+name, x.deploy(x.header("more")), fmt.Sprintf("%s, at most", name))
 		next := successor(h, func(h *contract.Header) { h.SealedSize++ })
 		x.must(x.deploy(next)) // nothing more is nothing more
-		x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+		x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 		x.must(x.deploy(x.header("more")))
 	}
 }

@@ -57,7 +57,7 @@ func TestAContractsStore(t *testing.T) {
 	is(plain.ContractID(), Store{Contract: plain.ContractID(), FrontEnd: [32]byte{5}, Recovery: [32]byte{6}, Limit: aStore})
 
 	// The objects of a cancelled contract are its account's, and are kept.
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{id}, x.owner))
 	is(id, rec)
 	if ids := entries[contract.ID](t, x.s, StoresKey); len(ids) != 2 {
 		t.Errorf("stores %v", ids)
@@ -73,7 +73,7 @@ func TestStorageIsOfAQuota(t *testing.T) {
 	for i := range byte(3) {
 		h := x.header("app", withStore(2*i+1, 2*i+2, aStore))
 		x.must(x.deploy(h))
-		x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+		x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 	}
 	x.refused("a fourth after three that were cancelled", x.deploy(x.header("app", withStore(60, 61, aStore))), "bytes of storage")
 	x.must(x.deploy(x.header("app")))

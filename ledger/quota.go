@@ -156,5 +156,5 @@ func (b *batch) accountQuota(who *signers, p *AccountQuota) error {
 		}
 	}
 	set(b, QuotaKey(p.Account), &p.Quota)
-	return nil
+	return who.agreed(identity.ActSetQuota)
 }

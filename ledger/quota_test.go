@@ -86,15 +86,15 @@ func TestManyAccountsShareOneQuota(t *testing.T) {
 
 			// Who leaves makes room for others.
 			x.acct = strangers[0]
-			x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{deployed[x.acct].ContractID()}, x.owner))
+			x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{deployed[x.acct].ContractID()}, x.owner))
 			x.acct = last
 			h := x.header("late")
 			tc.edit(h, 50)
 			x.must(x.deploy(h))
-			x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+			x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 			for a, h := range deployed {
 				if a != strangers[0] {
-					x.must(x.tx(KindContractCancel, Actor{ID: a}, &ContractCancel{h.ContractID()}, x.owner))
+					x.ends(x.tx(KindContractCancel, Actor{ID: a}, &ContractCancel{h.ContractID()}, x.owner))
 				}
 			}
 			if all, err := get[Quota](x.s, SharedKey); err != nil || *all != (Quota{}) {

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -24,6 +25,7 @@ type Genesis struct {
 	Margin     time.Duration       `cbor:"9,keyasint" json:"margin"` // a node stops its volumes' workloads this much before, the ledger moves on this much after
 	Limits     Limits              `cbor:"10,keyasint,omitzero" json:"limits,omitzero"`
 	Store      Store               `cbor:"11,keyasint,omitzero" json:"store,omitzero"` // the grid's own; zero: it has none
+	Delays     Delays              `cbor:"12,keyasint,omitzero" json:"delays,omitzero"`
 }
 
 // Validator takes part in consensus.
@@ -84,6 +86,9 @@ func DecodeGenesis(b []byte) (*Genesis, error) {
 			return nil, fmt.Errorf("genesis: validator %q has another's %s key", v.Name, useWireGuard)
 		}
 	}
+	if err := g.Delays.valid(); err != nil {
+		return nil, fmt.Errorf("genesis: %w", err)
+	}
 	if g.Store != (Store{}) {
 		if err := g.Store.valid(); err != nil {
 			return nil, fmt.Errorf("genesis: %w", err)
@@ -116,9 +121,14 @@ func NetworkKey(id contract.NetworkID) string     { return "network/" + string(i
 func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id[:]) }
 func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) }
 func RouteKey(host string) string                 { return "route/" + host }
+func ProposalKey(id ProposalID) string            { return "proposal/" + string(id[:]) }
+func ProposalsKey(id identity.AccountID) string   { return "account-proposals/" + string(id[:]) } // []ProposalID that are open
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
 }
+
+// dueKey names what is to be looked at in a minute since 1970: 8 bytes of time (Unix milliseconds), a kind, an ID each.
+func dueKey(minute uint64) string              { return "due/" + string(binary.BigEndian.AppendUint64(nil, minute)) }
 func farmNameKey(name string) string           { return "farm-name/" + name }
 func nodeKeyKey(use string, k [32]byte) string { return "node-key/" + use + "/" + string(k[:]) }
 func nodeNameKey(name string) string           { return "node-name/" + name }
@@ -151,6 +161,8 @@ const (
 )
 
 const (
+	duesKey         = "due"           // dues, when there are any
+	openKey         = "proposals"     // uint64: how many are open of accounts without a quota of their own
 	retryKey        = "waiting-retry" // uint64: how many of WaitingKey were not tried since room came
 	freeNetworksKey = "networks-free" // []uint16, indexes, the one that has been free for longest first
 )
@@ -204,10 +216,13 @@ type Gateway struct {
 	Address string             `cbor:"3,keyasint" json:"address"`
 }
 
-// States of a Contract.
+// States of a Contract. An active one, and one that is about to end, has its workloads assigned.
 const (
-	Active    = "active"
-	Cancelled = "cancelled"
+	Active     = "active"
+	Paused     = "paused"     // its workloads stand still; all else it keeps
+	Cancelling = "cancelling" // it ends at Due, unless that is taken back
+	Cancelled  = "cancelled"  // its data is kept until Due
+	Retired    = "retired"    // for good
 )
 
 // MaxRevisions bounds how many revisions a contract's record lists. Their headers stay on the ledger, each naming the one
@@ -221,10 +236,14 @@ type Contract struct {
 	Name      string                `cbor:"3,keyasint" json:"name"`
 	Current   contract.RevisionID   `cbor:"4,keyasint" json:"current"`
 	State     string                `cbor:"5,keyasint" json:"state"`
-	Revisions []contract.RevisionID `cbor:"6,keyasint" json:"revisions"` // the newest ones, oldest first
-	Times     []int64               `cbor:"7,keyasint" json:"times"`     // block time of each of these, Unix seconds
-	Revision  uint32                `cbor:"8,keyasint" json:"revision"`  // number of the current one
+	Revisions []contract.RevisionID `cbor:"6,keyasint" json:"revisions"`               // the newest ones, oldest first
+	Times     []int64               `cbor:"7,keyasint" json:"times"`                   // block time of each of these, Unix seconds
+	Revision  uint32                `cbor:"8,keyasint" json:"revision"`                // number of the current one
+	Due       int64                 `cbor:"9,keyasint,omitempty" json:"due,omitempty"` // block time of its next state, Unix milliseconds
 }
+
+// Runs says whether the contract's workloads are assigned.
+func (c *Contract) Runs() bool { return c.State == Active || c.State == Cancelling }
 
 // Network is a contract's network.
 type Network struct {

@@ -226,6 +226,7 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 		}
 	}
 	b.clock.Time = now
+	b.due()
 	b.retry()
 	return &b.State, results
 }

@@ -34,6 +34,7 @@ func newGrid(t testing.TB, name string) *grid {
 	x.g = &Genesis{
 		Version: 1, Name: name, Time: x.at.Unix(), Devices: []identity.Device{{Name: "admin", Key: x.admin.Public()}}, Policy: identity.SingleDevice(),
 		Sealing: x.open.Public(), Validators: []Validator{{Name: "v", Key: []byte("key"), Power: 10}}, Lease: 5 * time.Second, Margin: time.Second,
+		Delays: Delays{Cancel: 5 * time.Second, Retain: time.Hour, Policy: 10 * time.Second, Proposal: 10 * time.Minute},
 	}
 	if _, err := DecodeGenesis(x.g.Encode()); err != nil {
 		t.Fatal(err)
@@ -105,6 +106,20 @@ func (x *grid) must(tx *Tx) {
 	if r := x.submit(tx); r.Code != CodeOK {
 		x.t.Fatalf("%s: %s", tx.Kind, r.Log)
 	}
+}
+
+// ends cancels a contract, and waits until it is.
+func (x *grid) ends(tx *Tx) {
+	x.t.Helper()
+	x.must(tx)
+	x.pass(5 * time.Second)
+}
+
+// pass is an empty block, some time later, in which validators say nothing.
+func (x *grid) pass(d time.Duration) {
+	x.h++
+	x.at = x.at.Add(d)
+	x.s, _ = x.s.Apply(Block{Height: x.h, Time: x.at})
 }
 
 func (x *grid) refused(name string, tx *Tx, want string) {
@@ -267,7 +282,7 @@ func TestLifeOfAContract(t *testing.T) {
 	if got := entries[string](t, x.s, RoutesKey); len(got) != 1 || got[0] != "new.localhost" {
 		t.Errorf("routes: %v", got)
 	}
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 	if as := x.assigned(h); len(as) != 0 {
 		t.Errorf("cancelled, but assigned: %+v", as)
 	}
@@ -436,7 +451,7 @@ func TestStateSurvivesALoad(t *testing.T) {
 	h := x.header("app", withVolume)
 	x.must(x.deploy(h))
 	save()
-	x.must(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
+	x.ends(x.tx(KindContractCancel, Actor{ID: x.acct}, &ContractCancel{h.ContractID()}, x.owner))
 	x.block([]int{1, 2})
 	save()
 	got, err := Load(maps.All(disk))

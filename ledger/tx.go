@@ -20,12 +20,16 @@ type Kind string
 const (
 	KindAccountCreate  Kind = "account.create"  // AccountCreate, signed by every device in it
 	KindAccountQuota   Kind = "account.quota"   // AccountQuota, by the grid's account
+	KindAccountPolicy  Kind = "account.policy"  // AccountPolicy, by the account; it takes effect later
 	KindFarmAdmit      Kind = "farm.admit"      // FarmAdmit, by the grid's account
 	KindNodeAdmit      Kind = "node.admit"      // NodeAdmit, by the farm's owner
 	KindNodeUpdate     Kind = "node.update"     // NodeUpdate, by the node
 	KindGatewayAdmit   Kind = "gateway.admit"   // GatewayAdmit, by the grid's account
 	KindContractSubmit Kind = "contract.submit" // ContractSubmit, by the contract's account
 	KindContractCancel Kind = "contract.cancel" // ContractCancel, by the contract's account
+	KindContractState  Kind = "contract.state"  // ContractState, by the contract's account
+	KindConsent        Kind = "consent"         // Consent, by a party of what is proposed
+	KindWithdraw       Kind = "withdraw"        // Withdraw, by the account that proposed
 	KindEnvelopePut    Kind = "envelope.put"    // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"  // VolumeCreated, by the node that the volume is on
 )
@@ -218,6 +222,27 @@ type ContractSubmit struct {
 // ContractCancel ends a contract.
 type ContractCancel struct {
 	Contract contract.ID `cbor:"1,keyasint"`
+}
+
+// ContractState pauses a contract, sets a paused one to work again, or takes back that it ends.
+type ContractState struct {
+	Contract contract.ID `cbor:"1,keyasint"`
+	State    string      `cbor:"2,keyasint"` // Paused or Active
+}
+
+// AccountPolicy replaces an account's policy.
+type AccountPolicy struct {
+	Policy identity.Policy `cbor:"1,keyasint"`
+}
+
+// Consent is an account's word to a proposal: the ID is a digest of all that the proposal does.
+type Consent struct {
+	Proposal ProposalID `cbor:"1,keyasint"`
+}
+
+// Withdraw ends a proposal that has not come true yet.
+type Withdraw struct {
+	Proposal ProposalID `cbor:"1,keyasint"`
 }
 
 // EnvelopePut adds or replaces envelopes of one revision.

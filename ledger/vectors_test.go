@@ -130,6 +130,23 @@ func life(t *testing.T) (*vectors, *State) {
 	apply(KindVolumeCreated, Actor{true, node}, &VolumeCreated{contract.VolumeOf(h.ContractID(), "data")}, machine)
 	live := s
 	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
+	apply(KindContractState, owner, &ContractState{h.ContractID(), Active}, user)
+	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
+	say := []identity.Approval{{Name: "audit", Need: 2, Parties: []identity.Party{{Account: account, Weight: 2}, {Account: owner.ID, Weight: 1}}, Acts: []identity.Act{identity.ActCreate}}}
+	if err := identity.ValidateApprovals(say); err != nil {
+		t.Fatal(err)
+	}
+	apply(KindAccountPolicy, owner, &AccountPolicy{identity.Policy{Rules: identity.SingleDevice().Rules, Approvals: say}}, user)
+	h2 := *h
+	h2.Name, h2.Routes, h2.Approvals = "other", nil, say
+	proposed := ProposalID(apply(KindContractSubmit, owner, &ContractSubmit{h2.Encode(), nil}, user))
+	for _, key := range []string{ProposalKey(proposed), ProposalsKey(owner.ID), openKey, duesKey} {
+		raw, _ := s.tree.get(key)
+		v.add("record."+hex.EncodeToString([]byte(key)), raw)
+	}
+	apply(KindConsent, boss, &Consent{proposed}, admin)
+	dropped := ProposalID(apply(KindAccountPolicy, owner, &AccountPolicy{identity.SingleDevice()}, user))
+	apply(KindWithdraw, owner, &Withdraw{dropped}, user)
 	v.add("root.cancelled", func() []byte { r := s.Root(); return r[:] }())
 
 	beat := &Heartbeat{Grid: id, Node: node, Sequence: 1_800_000_000_000_000_001, Workloads: []Report{{
