@@ -149,25 +149,3 @@ func (l *composer) approvals(x *yaml.Node) error {
 	l.doc.Header.Approvals = out
 	return err
 }
-
-// approvalText is how a plan shows an approval.
-func approvalText(a *identity.Approval) string {
-	sum := 0
-	parties := make([]string, len(a.Parties))
-	for i, p := range a.Parties {
-		sum += int(p.Weight)
-		parties[i] = p.Account.Short()
-		if p.Weight != 1 {
-			parties[i] += fmt.Sprintf(" (%d)", p.Weight)
-		}
-	}
-	text := fmt.Sprintf("%d of %d: %s", a.Need, sum, strings.Join(parties, ", "))
-	if len(a.Acts) > 0 {
-		acts := make([]string, len(a.Acts))
-		for i, x := range a.Acts {
-			acts[i] = string(x)
-		}
-		text += "; to " + strings.Join(acts, ", ")
-	}
-	return text
-}

@@ -312,7 +312,7 @@ func TestTheDocumentFollowsTheCode(t *testing.T) {
 	}
 	doc := string(raw)
 	blocks := strings.Split(doc, "```yaml\n")
-	if len(blocks) != 4 {
+	if len(blocks) != 5 {
 		t.Fatalf("%d examples", len(blocks)-1)
 	}
 	block := func(i int) string { s, _, _ := strings.Cut(blocks[i], "```"); return s }

@@ -165,7 +165,7 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 	}
 	for i := range h.Approvals {
 		a := &h.Approvals[i]
-		add("", "approval "+a.Name, approvalText(a), hex.EncodeToString(canonical.Encode(a)))
+		add("", "approval "+a.Name, a.String(), hex.EncodeToString(canonical.Encode(a)))
 	}
 	if h.Store != (Store{}) {
 		add("", "storage on each location", bytesText(h.Store.Limit), h.Store.Limit)

@@ -55,7 +55,7 @@ func (u *User) Contracts(ctx context.Context) ([]*ledger.Contract, error) {
 	return api.List[contract.ID, ledger.Contract](ctx, u.Client, ledger.AccountWorkKey(u.Account), ledger.ContractKey)
 }
 
-// Find returns the account's contract with that name or ID. Active ones go before cancelled ones.
+// Find returns the account's contract with that name or ID. Those that have the name go before those that had it.
 func (u *User) Find(ctx context.Context, name string) (*ledger.Contract, error) {
 	all, err := u.Contracts(ctx)
 	if err != nil {
@@ -63,7 +63,7 @@ func (u *User) Find(ctx context.Context, name string) (*ledger.Contract, error) 
 	}
 	var found *ledger.Contract
 	for _, c := range all {
-		if c.ID.String() == name || c.Name == name && (found == nil || found.State != ledger.Active) {
+		if c.ID.String() == name || c.Name == name && (found == nil || found.Over()) {
 			found = c
 		}
 	}
@@ -112,16 +112,7 @@ func (u *User) Open(ctx context.Context, c *ledger.Contract, rev contract.Revisi
 	if err != nil {
 		return nil, err
 	}
-	r, _, err := u.Client.OpenBlob(ctx, h.SealedBody)
-	if err != nil {
-		return nil, fmt.Errorf("body of %v: %w", rev, err)
-	}
-	defer r.Close()
-	sealed, err := io.ReadAll(io.LimitReader(r, contract.MaxBody+1<<10))
-	if err != nil {
-		return nil, fmt.Errorf("body of %v: %w", rev, err)
-	}
-	body, err := contract.Open(h, keys, sealed)
+	body, err := u.body(ctx, h, keys)
 	if err != nil {
 		return nil, err
 	}
@@ -146,9 +137,11 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 	}
 	c, err := u.Find(ctx, doc.Name)
 	switch {
-	case errors.Is(err, ErrUnknown), err == nil && c.State != ledger.Active:
+	case errors.Is(err, ErrUnknown), err == nil && c.Over():
 	case err != nil:
 		return nil, err
+	case c.State == ledger.Cancelling:
+		return nil, fmt.Errorf("%s is cancelled and ends at %s: take that back first (holdfast contract restore %s)", c.Name, time.UnixMilli(c.Due).UTC().Format(time.RFC3339), c.Name)
 	default:
 		if p.Current, err = u.Open(ctx, c, c.Current); err != nil {
 			return nil, err
@@ -205,6 +198,7 @@ type Submitted struct {
 	Contract contract.ID
 	Revision contract.RevisionID
 	Header   *contract.Header
+	Proposed *ledger.Proposal // not nil: others have a say, and it waits for them
 }
 
 // place stores blobs in the name of the account.
@@ -268,7 +262,9 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 	h.Version, h.Grid, h.Account, h.Revision = contract.Version, u.Client.Grid(), u.Account, 1
 	body.Version = contract.Version
 	var previous *contract.Keys
+	was := &contract.Header{}
 	if c := p.Current; c != nil {
+		was = c.Header
 		h.Revision, h.Contract, h.Previous, previous = c.Header.Revision+1, c.Record.ID, c.Record.Current, c.Keys
 	}
 	body.Certificates = nil
@@ -295,15 +291,16 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 		return nil, fmt.Errorf("store body: %w", err)
 	}
 	rev := h.RevisionID()
-	envelopes, err := u.envelopes(ctx, &h, rev, keys)
+	envelopes, err := u.envelopes(ctx, was, &h, rev, keys)
 	if err != nil {
 		return nil, err
 	}
 	progress("signing", 0, 0)
-	if _, err := u.act(ctx, ledger.KindContractSubmit, &ledger.ContractSubmit{Header: h.Encode(), Envelopes: envelopes}); err != nil {
+	proposed, err := u.propose(ctx, ledger.KindContractSubmit, &ledger.ContractSubmit{Header: h.Encode(), Envelopes: envelopes})
+	if err != nil {
 		return nil, err
 	}
-	return &Submitted{Contract: h.ContractID(), Revision: rev, Header: &h}, nil
+	return &Submitted{Contract: h.ContractID(), Revision: rev, Header: &h, Proposed: proposed}, nil
 }
 
 // renewal is how long before its end a certificate is replaced.
@@ -341,7 +338,7 @@ func (u *User) certificate(c *Current, host string, now time.Time) (*contract.Ce
 
 // envelopes are for the account and for every node that the placement allows, as many as one transaction holds: nodes hand
 // the keys on to the rest.
-func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.RevisionID, keys *contract.Keys) ([]contract.Envelope, error) {
+func (u *User) envelopes(ctx context.Context, was, h *contract.Header, rev contract.RevisionID, keys *contract.Keys) ([]contract.Envelope, error) {
 	key, err := u.Keys.OpeningKey()
 	if err != nil {
 		return nil, err
@@ -352,7 +349,20 @@ func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.R
 		return nil, err
 	}
 	out := []contract.Envelope{*e}
+	others, err := u.parties(ctx, was, h)
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range others { // who has a say opens what he consents to
+		if e, err = contract.SealEnvelope(rev, contract.RecipientAccount, o.ID, &o.Sealing, keys); err != nil {
+			return nil, err
+		}
+		out = append(out, *e)
+	}
 	room := ledger.MaxTx - contract.MaxHeader - 16<<10 // signatures and the rest
+	for i := range out[1:] {
+		room -= len(out[1+i].Sealed) + 128
+	}
 	nodes, err := u.Client.Nodes(ctx)
 	if err != nil {
 		return nil, err
@@ -374,10 +384,4 @@ func (u *User) envelopes(ctx context.Context, h *contract.Header, rev contract.R
 
 func (u *User) act(ctx context.Context, kind ledger.Kind, payload any) (*ledger.Tx, error) {
 	return u.Client.Act(ctx, kind, ledger.Actor{ID: u.Account}, payload, u.Keys.DeviceKey())
-}
-
-// Cancel ends a contract. Its data stays on its nodes.
-func (u *User) Cancel(ctx context.Context, id contract.ID) error {
-	_, err := u.act(ctx, ledger.KindContractCancel, &ledger.ContractCancel{Contract: id})
-	return err
 }

@@ -266,8 +266,21 @@ func TestFromFileToRevision(t *testing.T) {
 	s.open(s.user, "app") // the control
 
 	// Its end.
-	if err := s.user.Cancel(s.grid.Context(), done.Contract); err != nil {
+	if _, err := s.user.Cancel(s.grid.Context(), done.Contract); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := s.propose(s.user, app); err == nil || !strings.Contains(err.Error(), "contract restore app") {
+		t.Errorf("a revision of what ends: %v", err)
+	}
+	for {
+		c, err := s.user.Find(s.grid.Context(), "app")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Over() {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	p = s.plan(s.user, app)
 	if !p.Plan.Create {
@@ -413,7 +426,7 @@ func TestEnvelopesFitATransaction(t *testing.T) {
 	h := s.plan(s.user, app).Document.Header
 	h.Services = h.Services[1:]
 	h.Services[0].Placement = contract.Placement{}
-	es, err := s.user.envelopes(s.grid.Context(), &h, contract.RevisionID{1}, keys)
+	es, err := s.user.envelopes(s.grid.Context(), &contract.Header{}, &h, contract.RevisionID{1}, keys)
 	if err != nil {
 		t.Fatal(err)
 	}

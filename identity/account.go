@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // Act is something that a policy rules over.
@@ -33,8 +34,8 @@ const (
 	MaxRules   = 32
 	MaxName    = 63
 	// Of approvals in one policy or contract, and of parties in one approval. A weight is at most MaxWeight.
-	MaxApprovals = 16
-	MaxParties   = 32
+	MaxApprovals = 8
+	MaxParties   = 16
 	MaxWeight    = 1000
 )
 
@@ -89,6 +90,28 @@ func (a *Approval) Given(consented []AccountID) int {
 		}
 	}
 	return n
+}
+
+// String is the approval for people.
+func (a *Approval) String() string {
+	sum := 0
+	parties := make([]string, len(a.Parties))
+	for i, p := range a.Parties {
+		sum += int(p.Weight)
+		parties[i] = p.Account.Short()
+		if p.Weight != 1 {
+			parties[i] += fmt.Sprintf(" (%d)", p.Weight)
+		}
+	}
+	text := fmt.Sprintf("%d of %d: %s", a.Need, sum, strings.Join(parties, ", "))
+	if len(a.Acts) > 0 {
+		acts := make([]string, len(a.Acts))
+		for i, x := range a.Acts {
+			acts[i] = string(x)
+		}
+		text += "; to " + strings.Join(acts, ", ")
+	}
+	return text
 }
 
 // ValidateApprovals checks limits, names, and that each can be reached.

@@ -50,7 +50,7 @@ func (s *State) authenticate(raw []byte, tx *Tx) (*signers, error) {
 	var keys []identity.PublicKey
 	switch {
 	case tx.Kind == KindAccountCreate:
-		p, err := payload[AccountCreate](tx)
+		p, err := Payload[AccountCreate](tx)
 		if err != nil {
 			return nil, err
 		}
@@ -91,7 +91,8 @@ func (s *State) authenticate(raw []byte, tx *Tx) (*signers, error) {
 	return out, nil
 }
 
-func payload[T any](tx *Tx) (*T, error) {
+// Payload reads what a transaction of a kind does.
+func Payload[T any](tx *Tx) (*T, error) {
 	p := new(T)
 	if err := canonical.Decode(tx.Payload, MaxTx, p); err != nil {
 		return nil, fmt.Errorf("%s payload: %w", tx.Kind, err)
@@ -228,7 +229,7 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 }
 
 func with[T any](tx *Tx, f func(*T) error) error {
-	p, err := payload[T](tx)
+	p, err := Payload[T](tx)
 	if err != nil {
 		return err
 	}
@@ -510,7 +511,7 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	if err := b.bill(h.Account, was, h); err != nil {
 		return err
 	}
-	if err := b.putEnvelopes(p.Envelopes, rev, readers(h, who.account)); err != nil {
+	if err := b.putEnvelopes(p.Envelopes, rev, readers(who.account, was, h)); err != nil {
 		return err
 	}
 	c.Current, c.Revision, c.Revisions, c.Times = rev, h.Revision, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
@@ -688,7 +689,7 @@ func (b *batch) envelopePut(who *signers, p *EnvelopePut) error {
 	if err != nil {
 		return fmt.Errorf("%v: %w", h.Account, err)
 	}
-	return b.putEnvelopes(p.Envelopes, rev, readers(h, owner))
+	return b.putEnvelopes(p.Envelopes, rev, readers(owner, h, h))
 }
 
 func (b *batch) putEnvelopes(es []contract.Envelope, rev contract.RevisionID, readers []identity.AccountID) error {

@@ -34,9 +34,10 @@ type Proposal struct {
 	Devices   []identity.DeviceID  `cbor:"6,keyasint" json:"devices"`
 	Missing   []identity.Approval  `cbor:"7,keyasint,omitempty" json:"missing,omitempty"` // what more is needed, as of the last consent
 	Consented []identity.AccountID `cbor:"8,keyasint,omitempty" json:"consented,omitempty"`
-	Until     int64                `cbor:"9,keyasint" json:"until"`                     // Unix milliseconds: it ends then
-	Ripe      int64                `cbor:"10,keyasint,omitempty" json:"ripe,omitempty"` // Unix milliseconds: all have consented, and it comes true then
-	Shared    bool                 `cbor:"11,keyasint,omitempty" json:"-"`              // it is one of those of accounts without a quota of their own
+	Until     int64                `cbor:"9,keyasint" json:"until"`                      // Unix milliseconds: it ends then
+	Ripe      int64                `cbor:"10,keyasint,omitempty" json:"ripe,omitempty"`  // Unix milliseconds: all have consented, and it comes true then
+	Shared    bool                 `cbor:"11,keyasint,omitempty" json:"-"`               // it is one of those of accounts without a quota of their own
+	Asked     []identity.AccountID `cbor:"12,keyasint,omitempty" json:"asked,omitempty"` // whose consent counts, or did
 }
 
 // Bounds of proposals that are open, of one account and of all without a quota of their own: each keeps its transaction in
@@ -94,10 +95,10 @@ func kept(was, h *contract.Header, act identity.Act) []identity.Approval {
 	return out
 }
 
-// readers are the accounts that can be given a revision's keys: its owner, and who has a say.
-func readers(h *contract.Header, owner *identity.Account) []identity.AccountID {
+// readers are the accounts that can be given a revision's keys: its owner, and who has a say, by the revision before too.
+func readers(owner *identity.Account, was, h *contract.Header) []identity.AccountID {
 	out := []identity.AccountID{owner.ID}
-	for _, a := range append(slices.Clone(h.Approvals), owner.Policy.Approvals...) {
+	for _, a := range slices.Concat(was.Approvals, h.Approvals, owner.Policy.Approvals) {
 		for _, p := range a.Parties {
 			out = append(out, p.Account)
 		}
@@ -116,18 +117,32 @@ func (b *batch) propose(tx *Tx, who *signers, u *unripe) error {
 	if err := b.openProposal(p); err != nil {
 		return err
 	}
-	b.ripen(p, u)
+	if err := b.ripen(p, u); err != nil {
+		return err
+	}
 	set(b, ProposalKey(p.ID), p)
 	return b.remind(p.Until, dueProposal, p.ID)
 }
 
-// ripen starts the time that a proposal still has to wait when nothing else is missing.
-func (b *batch) ripen(p *Proposal, u *unripe) {
+// ripen asks those whose consent is missing, or starts the time that a proposal still has to wait when nothing else is.
+func (b *batch) ripen(p *Proposal, u *unripe) error {
 	p.Missing, p.Ripe = u.missing, 0
 	if len(u.missing) == 0 {
 		p.Ripe = b.clock.Time + u.delay.Milliseconds()
 		p.Until = p.Ripe
 	}
+	for _, a := range p.Missing {
+		for _, q := range a.Parties {
+			if q.Account == p.Account || slices.Contains(p.Asked, q.Account) {
+				continue
+			}
+			p.Asked = append(p.Asked, q.Account)
+			if err := push(b, AskedKey(q.Account), p.ID); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (b *batch) openProposal(p *Proposal) error {
@@ -164,6 +179,11 @@ func (b *batch) shareProposals(more int) error {
 func (b *batch) closeProposal(p *Proposal) error {
 	if p.Shared {
 		if err := b.shareProposals(-1); err != nil {
+			return err
+		}
+	}
+	for _, id := range p.Asked {
+		if err := drop(b, AskedKey(id), p.ID); err != nil {
 			return err
 		}
 	}
@@ -207,7 +227,9 @@ func (b *batch) attempt(p *Proposal, ripe bool) error {
 	err = b.execute(tx, who)
 	if u := new(unripe); errors.As(err, &u) {
 		*b = before
-		b.ripen(p, u)
+		if err := b.ripen(p, u); err != nil {
+			return err
+		}
 		set(b, ProposalKey(p.ID), p)
 		if p.Ripe == 0 {
 			return nil

@@ -36,7 +36,7 @@ func (x *grid) consent(p person, to ProposalID) *Tx {
 	return x.tx(KindConsent, Actor{ID: p.id}, &Consent{to}, p.key)
 }
 
-func (x *grid) open_(a identity.AccountID) []ProposalID {
+func (x *grid) opened(a identity.AccountID) []ProposalID {
 	x.t.Helper()
 	return entries[ProposalID](x.t, x.s, ProposalsKey(a))
 }
@@ -104,8 +104,11 @@ func TestApprovals(t *testing.T) {
 	tx.Sign(x.owner)
 	x.must(tx)
 	id := ProposalID(tx.ID())
-	if got := x.open_(x.acct); !x.absent(h) || len(got) != 1 || got[0] != id {
+	if got := x.opened(x.acct); !x.absent(h) || len(got) != 1 || got[0] != id {
 		t.Fatalf("it is there without consent, or not proposed: %v", got)
+	}
+	if asked := entries[ProposalID](t, x.s, AskedKey(cfo.id)); len(asked) != 1 || asked[0] != id {
+		t.Errorf("who has a say is asked %v", asked)
 	}
 	x.refused("a stranger's consent", x.consent(stranger, id), "has no say")
 	x.refused("the proposer's own", x.tx(KindConsent, Actor{ID: x.acct}, &Consent{id}, x.owner), "by that")
@@ -119,11 +122,14 @@ func TestApprovals(t *testing.T) {
 		t.Fatal("budget has 2 of 3")
 	}
 	x.must(x.consent(cfo, id)) // the clerk is not needed
-	if c := x.contract(h); c.State != Active || len(x.assigned(h)) != 1 || len(x.open_(x.acct)) != 0 {
+	if c := x.contract(h); c.State != Active || len(x.assigned(h)) != 1 || len(x.opened(x.acct)) != 0 {
 		t.Errorf("%+v", c)
 	}
 	if _, ok := x.s.tree.get(EnvelopeKey(h.RevisionID(), contract.RecipientAccount, lawyer.id)); !ok {
 		t.Error("who had a say has no envelope")
+	}
+	if asked := entries[ProposalID](t, x.s, AskedKey(clerk.id)); len(asked) != 0 {
+		t.Errorf("after the fact the clerk is asked %v", asked)
 	}
 	x.refused("after the fact", x.consent(clerk, id), "not on the ledger")
 	x.refused("an envelope for a stranger", x.tx(KindEnvelopePut, Actor{ID: x.acct}, &EnvelopePut{[]contract.Envelope{
@@ -169,7 +175,7 @@ func TestNobodyDropsHisCoSigners(t *testing.T) {
 			if c := x.contract(h); c.Revision != 1 {
 				t.Errorf("%s: %s by the owner's key alone", name, what)
 			}
-			if len(x.open_(x.acct)) == 1 { // control: with their consent it goes
+			if len(x.opened(x.acct)) == 1 { // control: with their consent it goes
 				x.must(x.consent(other, ProposalID(tx.ID())))
 				x.must(x.consent(third, ProposalID(tx.ID())))
 			}
@@ -244,9 +250,9 @@ func TestProposalsAreJudgedWhenTheyComeTrue(t *testing.T) {
 	}
 	// One that nobody takes up ends.
 	x.must(x.deploy(x.next(x.next(first))))
-	left := len(x.open_(x.acct))
+	left := len(x.opened(x.acct))
 	x.pass(20 * time.Minute)
-	if now := len(x.open_(x.acct)); left != 2 || now != 0 {
+	if now := len(x.opened(x.acct)); left != 2 || now != 0 {
 		t.Errorf("%d are open, and %d after their time", left, now)
 	}
 }
@@ -275,7 +281,7 @@ func TestPolicyChanges(t *testing.T) {
 		t.Fatal("it took effect at once")
 	}
 	x.pass(10 * time.Second)
-	if got := policy(); len(got.Rules) != 3 || len(x.open_(p.id)) != 0 {
+	if got := policy(); len(got.Rules) != 3 || len(x.opened(p.id)) != 0 {
 		t.Fatalf("%+v", got)
 	}
 	// A thief of one device gets at nothing that two are needed for, and not at the policy.

@@ -122,6 +122,7 @@ func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id
 func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) }
 func RouteKey(host string) string                 { return "route/" + host }
 func ProposalKey(id ProposalID) string            { return "proposal/" + string(id[:]) }
+func AskedKey(id identity.AccountID) string       { return "account-asked/" + string(id[:]) }     // []ProposalID that are open and ask it
 func ProposalsKey(id identity.AccountID) string   { return "account-proposals/" + string(id[:]) } // []ProposalID that are open
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
@@ -241,6 +242,9 @@ type Contract struct {
 	Revision  uint32                `cbor:"8,keyasint" json:"revision"`                // number of the current one
 	Due       int64                 `cbor:"9,keyasint,omitempty" json:"due,omitempty"` // block time of its next state, Unix milliseconds
 }
+
+// Over says whether the contract has ended: its name is free.
+func (c *Contract) Over() bool { return c.State == Cancelled || c.State == Retired }
 
 // Runs says whether the contract's workloads are assigned.
 func (c *Contract) Runs() bool { return c.State == Active || c.State == Cancelling }

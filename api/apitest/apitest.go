@@ -70,6 +70,7 @@ func Start(t testing.TB, edit func(*api.ValidatorConfig)) *Grid {
 		Devices:    []identity.Device{{Name: "admin", Key: g.Admin.DeviceKey().Public()}},
 		Validators: []ledger.Validator{{Name: "validator", Key: keys.Public, Power: 10, TLS: pin, Address: l.Addr().String()}},
 		Lease:      5 * time.Second, Margin: time.Second,
+		Delays: ledger.Delays{Cancel: 2 * time.Second, Policy: time.Second, Retain: 20 * time.Second},
 	}
 	cfg := api.ValidatorConfig{
 		Genesis: g.Genesis, Home: home, P2P: freeAddr(t), API: l, TLS: g.Cert,

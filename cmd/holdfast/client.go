@@ -111,19 +111,46 @@ func interruptible(ctx context.Context, read func() (string, error)) (string, er
 }
 
 func confirm(cmd *cobra.Command, question string) error {
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
-		return errors.New("there is no terminal to ask on: add --yes to go ahead")
+	line, err := answer(cmd, question+" [y/N] ")
+	if err != nil {
+		return err
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
+	if !slices.Contains([]string{"y", "yes"}, strings.ToLower(line)) {
+		return errNothing
+	}
+	return nil
+}
+
+// typed asks for a word where a y would be typed too easily.
+func typed(cmd *cobra.Command, what, word string) error {
+	line, err := answer(cmd, fmt.Sprintf("%s\nType %s to go ahead: ", what, word))
+	if err != nil {
+		return err
+	}
+	if line != word {
+		return errNothing
+	}
+	return nil
+}
+
+// errNothing ends a command whose user thought better of it.
+var errNothing = errors.New("nothing was done")
+
+// answer reads a line from the terminal; one that ends early is an empty one.
+func answer(cmd *cobra.Command, question string) (string, error) {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return "", errors.New("there is no terminal to ask on: add --yes to go ahead")
+	}
+	fmt.Fprint(cmd.ErrOrStderr(), question)
 	line, err := interruptible(cmd.Context(), func() (string, error) { return bufio.NewReader(os.Stdin).ReadString('\n') })
 	if cmd.Context().Err() != nil {
 		fmt.Fprintln(cmd.ErrOrStderr())
-		return cmd.Context().Err()
+		return "", cmd.Context().Err()
 	}
-	if err != nil || !slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(line))) {
-		return errors.New("nothing was done")
+	if err != nil {
+		return "", nil
 	}
-	return nil
+	return strings.TrimSpace(line), nil
 }
 
 func (a *app) caCmd() *cobra.Command {

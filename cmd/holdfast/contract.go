@@ -27,7 +27,7 @@ func (a *app) withUser(f func(ctx context.Context, w io.Writer, u *deploy.User, 
 }
 
 func (a *app) contractCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "contract", Short: "Look at contracts and end them"})
+	cmd := group(&cobra.Command{Use: "contract", Short: "Look at contracts, approve, pause and end them"})
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "list", Short: "List the account's contracts", Args: asUsed, Example: "  holdfast contract list\n  holdfast contract list --json",
@@ -39,6 +39,10 @@ func (a *app) contractCmd() *cobra.Command {
 			RunE: a.withUser(a.contractHistory),
 		},
 		a.storePhraseCmd(),
+		a.contractProposalsCmd(), a.contractApproveCmd(), a.contractWithdrawCmd(),
+		a.contractStateCmd("pause", "Stop a contract's workloads, and keep all else", ledger.Paused, "pause", nil),
+		a.contractStateCmd("resume", "Set a paused contract to work again", ledger.Active, "resume", func(c *ledger.Contract) bool { return c.State == ledger.Paused }),
+		a.contractStateCmd("restore", "Take back that a contract was cancelled", ledger.Active, "restore", func(c *ledger.Contract) bool { return c.State == ledger.Cancelling || c.State == ledger.Cancelled }),
 		a.contractCancelCmd(),
 	)
 	return cmd
@@ -187,42 +191,4 @@ func (a *app) contractHistory(ctx context.Context, w io.Writer, u *deploy.User, 
 	}
 	table(w, rows...)
 	return nil
-}
-
-func (a *app) contractCancelCmd() *cobra.Command {
-	var yes bool
-	cmd := &cobra.Command{
-		Use: "cancel NAME", Short: "End a contract: its workloads stop, its data stays on its nodes", Args: asUsed, Example: "  holdfast contract cancel reader\n  holdfast contract cancel reader --yes",
-	}
-	cmd.RunE = a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
-		c, err := u.Find(ctx, args[0])
-		if err != nil {
-			return err
-		}
-		if c.State == ledger.Active {
-			if !yes {
-				if err := confirm(cmd, "end contract "+c.Name+"?"); err != nil {
-					return err
-				}
-			}
-			if err := u.Cancel(ctx, c.ID); err != nil {
-				return err
-			}
-		}
-		if a.json {
-			return printJSON(w, struct {
-				ID    contract.ID `json:"id"`
-				Name  string      `json:"name"`
-				State string      `json:"state"`
-			}{c.ID, c.Name, ledger.Cancelled})
-		}
-		if c.State != ledger.Active {
-			fmt.Fprintf(w, "%s is %s already\n", c.Name, c.State)
-			return nil
-		}
-		fmt.Fprintf(w, "%s is cancelled\n", c.Name)
-		return nil
-	})
-	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
-	return cmd
 }

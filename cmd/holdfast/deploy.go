@@ -12,6 +12,7 @@ import (
 	"holdfast/contract"
 	"holdfast/deploy"
 	"holdfast/internal/grid"
+	"holdfast/ledger"
 
 	"github.com/spf13/cobra"
 )
@@ -112,6 +113,9 @@ func (a *app) deployCmd() *cobra.Command {
 					fmt.Fprintf(out, "%s: nothing changes\n", doc.Name)
 				}
 			} else if id, err = a.submit(cmd, u, p, yes, pr); err != nil {
+				if only := new(proposedError); errors.As(err, only) {
+					return a.proposed(out, only.p)
+				}
 				return err
 			}
 			if wait {
@@ -159,11 +163,19 @@ func (a *app) submit(cmd *cobra.Command, u *deploy.User, p *deploy.Proposal, yes
 		return contract.ID{}, err
 	}
 	pr.done()
+	if done.Proposed != nil {
+		return contract.ID{}, proposedError{done.Proposed}
+	}
 	if !a.json {
 		fmt.Fprintf(out, "%s: revision %d of contract %s is on the ledger\n", p.Document.Name, done.Header.Revision, done.Contract.Short())
 	}
 	return done.Contract, nil
 }
+
+// proposedError ends a deployment that waits for others' consent.
+type proposedError struct{ p *ledger.Proposal }
+
+func (e proposedError) Error() string { return "it is proposed as " + e.p.ID.String() }
 
 // wait follows a contract until all of it runs and answers.
 func (a *app) wait(ctx context.Context, u *deploy.User, cfg *grid.Client, id contract.ID, pr *progress) error {

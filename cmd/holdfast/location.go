@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -18,7 +17,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 )
 
 // locationConfig is the configuration file of a location.
@@ -338,23 +336,6 @@ func (a *app) locationRemoveCmd() *cobra.Command {
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	cmd.ValidArgsFunction = knownLocations()
 	return cmd
-}
-
-// typed asks for a word where a y would be typed too easily.
-func typed(cmd *cobra.Command, what, word string) error {
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
-		return errors.New("there is no terminal to ask on: add --yes to go ahead")
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "%s\nType %s to go ahead: ", what, word)
-	line, err := interruptible(cmd.Context(), func() (string, error) { return bufio.NewReader(os.Stdin).ReadString('\n') })
-	if cmd.Context().Err() != nil {
-		fmt.Fprintln(cmd.ErrOrStderr())
-		return cmd.Context().Err()
-	}
-	if err != nil || strings.TrimSpace(line) != word {
-		return errors.New("nothing was done")
-	}
-	return nil
 }
 
 const storeDirUsage = "`directory` of the store, as in run s3"

@@ -62,6 +62,9 @@ func TestMain(m *testing.M) {
 //	s3 put|get|delete PORT CREDENTIALS BUCKET/KEY [FILE], s3 make PORT CREDENTIALS BUCKET   an S3 client
 //	recovery VAR PHRASE        $VAR is what a location's --allow has for the key of a phrase
 //	moment VAR                 $VAR is the time
+//	person VAR DIR             somebody with an account of his own; $VAR is its ID
+//	fill FILE                  puts variables into a file
+//	proposal VAR DIR           $VAR is what waits first for the consent of the person with DIR
 //	loot DIR LOCATION…         a thief with the keys in DIR, who deletes all shards and says that the log is another
 //
 // There are no machines and no gateway: whatever asks the gateway reaches the ledger's own server.
@@ -87,7 +90,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
 			"port": freePort, "noise": writeNoise, "s3": askS3,
-			"recovery": recoveryKey, "loot": loot, "moment": now,
+			"recovery": recoveryKey, "loot": loot, "moment": now, "person": person, "fill": fill, "proposal": proposal,
 		},
 	})
 }
@@ -148,6 +151,28 @@ func startGrid(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv("GATEWAY", g.Addr())
 	grids.Store(t, g)
 	t.Cleanup(func() { grids.Delete(t) })
+}
+
+func person(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(ts.Exec("holdfast", "--dir", ts.MkAbs(args[1]), "--json", "account", "create", "--genesis", filepath.Join(ts.Getenv("HOLDFAST_DIR"), "genesis"), "--gateway", ts.Getenv("GATEWAY")))
+	var out struct{ Account string }
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &out))
+	ts.Setenv(args[0], out.Account)
+}
+
+func fill(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(os.Expand(ts.ReadFile(args[0]), ts.Getenv)), 0o600))
+}
+
+func proposal(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(ts.Exec("holdfast", "--dir", ts.MkAbs(args[1]), "--json", "contract", "proposals"))
+	var out struct{ Own, Asked []struct{ ID string } }
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &out))
+	all := append(out.Asked, out.Own...)
+	if len(all) == 0 {
+		ts.Fatalf("nothing is proposed to %s", args[1])
+	}
+	ts.Setenv(args[0], all[0].ID)
 }
 
 func writeClient(ts *testscript.TestScript, dir string, c grid.Client) {

@@ -62,6 +62,7 @@ func (a *app) upCmd() *cobra.Command {
 	f.IntVar(&o.Nodes, "nodes", -1, "how many `nodes`; with 0 all are machines of their own (default 3, or what the grid has)")
 	f.StringVar(&o.Listen, "listen", "", "`address` on this machine that leads to the gateway (default 127.0.0.1:8443, or what the grid has)")
 	f.StringVar(&o.Runsc, "runsc", "", "`path` of holdfast-runsc (default beside holdfast)")
+	f.DurationVar(&o.Delay, "delay", 0, "how long a cancelled contract of a new grid goes on, and a new policy waits; its data stays ten times as long (default 1m)")
 	f.BoolVar(&detach, "detach", false, "leave the grid running in the background")
 	return cmd
 }

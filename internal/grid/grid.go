@@ -12,6 +12,8 @@
 package grid
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdh"
 	"crypto/rand"
@@ -66,6 +68,7 @@ type Options struct {
 	Binary string // path of holdfast
 	Runsc  string // path of holdfast-runsc
 	Lease  time.Duration
+	Delay  time.Duration // of what can be taken back, in a new grid; 0 means a minute
 }
 
 // Grid is a laid out grid.
@@ -229,6 +232,7 @@ func (g *Grid) genesis() error {
 	if lease == 0 {
 		lease = 5 * time.Second
 	}
+	delay := cmp.Or(g.Delay, time.Minute)
 	var top box.Topology
 	addr := top.Addresses(*uplink(segmentValidator, 2))[0].Addr()
 	wg, err := g.networkKey()
@@ -246,7 +250,7 @@ func (g *Grid) genesis() error {
 			Name: "validator", Key: keys.Public, Power: 10, TLS: pin, Address: netip.AddrPortFrom(addr, PortLedger).String(),
 			WireGuard: wg, Endpoints: underlay(uplink(segmentValidator, 2)),
 		}},
-		Lease: lease, Margin: lease / 5, Store: *own,
+		Lease: lease, Margin: lease / 5, Store: *own, Delays: ledger.Delays{Cancel: delay, Policy: delay, Retain: 10 * delay},
 	}
 	return writeFile(path, g.Genesis.Encode(), 0o644)
 }
@@ -591,13 +595,18 @@ func (g *Grid) Bootstrap(ctx context.Context, say func(string)) error {
 
 // account creates the user's account and writes client.json.
 func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFile, say func(string)) (identity.AccountID, error) {
+	return createAccount(ctx, c, user, "up", g.Dir, g.Listen, say)
+}
+
+// createAccount makes the account of a key, if there is none yet, and writes client.json.
+func createAccount(ctx context.Context, c *api.Client, user *identity.KeyFile, device, dir, gateway string, say func(string)) (identity.AccountID, error) {
 	open, err := user.OpeningKey()
 	if err != nil {
 		return identity.AccountID{}, err
 	}
 	k := user.DeviceKey()
 	tx := ledger.NewTx(c.Grid(), ledger.KindAccountCreate, ledger.Actor{}, 0, &ledger.AccountCreate{
-		Devices: []identity.Device{{Name: "up", Key: k.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public(),
+		Devices: []identity.Device{{Name: device, Key: k.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public(),
 	})
 	tx.Sign(k)
 	id := identity.AccountID(tx.ID()) // the same whenever it is made from the same key
@@ -609,11 +618,38 @@ func (g *Grid) account(ctx context.Context, c *api.Client, user *identity.KeyFil
 	} else if err != nil {
 		return id, err
 	}
-	b, err := json.MarshalIndent(Client{Gateway: g.Listen, Account: id}, "", "  ")
+	b, err := json.MarshalIndent(Client{Gateway: gateway, Account: id}, "", "  ")
 	if err != nil {
 		return id, err
 	}
-	return id, writeFile(filepath.Join(g.Dir, "client.json"), b, 0o644)
+	return id, writeFile(filepath.Join(dir, "client.json"), b, 0o644)
+}
+
+// Join makes a key and an account of its own in dir, on a grid that another runs. Interrupted, it goes on with the same key.
+func Join(ctx context.Context, dir string, genesis []byte, gateway string) (identity.AccountID, error) {
+	gen, err := ledger.DecodeGenesis(genesis)
+	if err != nil {
+		return identity.AccountID{}, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return identity.AccountID{}, err
+	}
+	if old, err := os.ReadFile(filepath.Join(dir, "genesis")); err == nil && !bytes.Equal(old, genesis) {
+		return identity.AccountID{}, fmt.Errorf("%s is of another grid: name another directory with --dir", dir)
+	}
+	c, err := api.NewClient(api.ClientConfig{Genesis: gen, Dial: Dial(gateway), Trust: filepath.Join(dir, "trust")})
+	if err != nil {
+		return identity.AccountID{}, err
+	}
+	defer c.Close()
+	user, err := makeKey(filepath.Join(dir, "user.key"))
+	if err != nil {
+		return identity.AccountID{}, err
+	}
+	if err := writeFile(filepath.Join(dir, "genesis"), genesis, 0o644); err != nil {
+		return identity.AccountID{}, err
+	}
+	return createAccount(ctx, c, user, "first", dir, gateway, func(string) {})
 }
 
 // capacity is what one of n nodes on this machine offers: an equal share of memory, and all cores, since they are shared.
