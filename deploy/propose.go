@@ -10,7 +10,6 @@ import (
 	"holdfast/api"
 	"holdfast/contract"
 	"holdfast/identity"
-	"holdfast/internal/canonical"
 	"holdfast/ledger"
 )
 
@@ -100,19 +99,19 @@ func (u *User) Review(ctx context.Context, id ledger.ProposalID) (*Review, error
 	} else if err != nil {
 		return nil, err
 	}
-	r := &Review{Proposal: p, Tx: &ledger.Tx{}}
-	if err := canonical.Decode(p.Tx, ledger.MaxTx, r.Tx); err != nil {
-		return nil, fmt.Errorf("%v: %w", id, err)
+	r := &Review{Proposal: p}
+	if r.Tx, err = p.Transaction(); err != nil {
+		return nil, err
 	}
-	if got := ledger.ProposalID(r.Tx.ID()); got != id {
-		return nil, fmt.Errorf("%v holds %v", id, got)
+	if p.ID != id {
+		return nil, fmt.Errorf("%v holds %v", id, p.ID)
 	}
 	if r.Tx.Kind != ledger.KindContractSubmit {
 		return r, nil
 	}
-	var s ledger.ContractSubmit
-	if err := canonical.Decode(r.Tx.Payload, ledger.MaxTx, &s); err != nil {
-		return nil, fmt.Errorf("%v: %w", id, err)
+	s, err := ledger.Payload[ledger.ContractSubmit](r.Tx)
+	if err != nil {
+		return nil, err
 	}
 	if r.Header, err = contract.DecodeHeader(s.Header); err != nil {
 		return nil, err

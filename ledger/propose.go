@@ -245,15 +245,27 @@ func (b *batch) attempt(p *Proposal, ripe bool) error {
 // proposed is a proposal's transaction and its signers, as they are now: a device that the account has no more does not
 // count.
 func (b *batch) proposed(p *Proposal) (*Tx, *signers, error) {
-	var tx Tx
-	if err := canonical.Decode(p.Tx, MaxTx, &tx); err != nil {
-		return nil, nil, fmt.Errorf("proposal: %w", err)
+	tx, err := p.Transaction()
+	if err != nil {
+		return nil, nil, err
 	}
 	account, err := get[identity.Account](&b.State, AccountKey(p.Account))
 	if err != nil {
 		return nil, nil, fmt.Errorf("%v: %w", p.Account, err)
 	}
-	return &tx, &signers{devices: p.Devices, account: account, consented: p.Consented}, nil
+	return tx, &signers{devices: p.Devices, account: account, consented: p.Consented}, nil
+}
+
+// Transaction is what is proposed. Its ID is the proposal's.
+func (p *Proposal) Transaction() (*Tx, error) {
+	var tx Tx
+	if err := canonical.Decode(p.Tx, MaxTx, &tx); err != nil {
+		return nil, fmt.Errorf("proposal: %w", err)
+	}
+	if got := ProposalID(tx.ID()); got != p.ID {
+		return nil, fmt.Errorf("proposal %v holds %v", p.ID, got)
+	}
+	return &tx, nil
 }
 
 // withdraw ends a proposal, by whoever could have made it.

@@ -83,6 +83,7 @@ type Agent struct {
 
 	mu       sync.Mutex
 	pruned   time.Time
+	buried   time.Time // when images of retired volumes were last looked for; the loop's alone
 	current  *View
 	location *location.Server // nil while it does not run
 	bodies   map[contract.RevisionID]*opened
@@ -901,6 +902,7 @@ func (a *Agent) sweep(ctx context.Context) error {
 			}
 		}
 	}
+	errs = append(errs, a.bury(ctx, a.client, volumes, time.Minute))
 	return errors.Join(errs...)
 }
 

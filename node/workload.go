@@ -523,8 +523,9 @@ func (c *controller) start(ctx context.Context, w *Workload) error {
 		Labels: labels(w),
 	}
 	mounts := map[string]string{}
-	for _, v := range w.Volumes {
-		dir, err := c.agent.volumes.Open(ctx, volume.Spec{ID: volumeName(v.ID), Size: v.Size, Key: v.Key, Create: !v.Created})
+	for i := range w.Volumes {
+		v := &w.Volumes[i]
+		dir, err := c.agent.openVolume(ctx, v)
 		if err != nil {
 			return &failure{volumeWords(err), fmt.Errorf("volume %s: %w", v.Name, err)}
 		}

@@ -75,7 +75,7 @@ func New(t testing.TB, up ...string) *Lab {
 	if err := img.WriteLayout(filepath.Join(l.App, "img")); err != nil {
 		t.Fatal(err)
 	}
-	l.Run(append([]string{"up", "--detach", "--listen", l.Listen}, up...)...)
+	l.Run(append([]string{"up", "--detach", "--listen", l.Listen, "--delay", "1s"}, up...)...)
 	return l
 }
 
