@@ -208,6 +208,9 @@ func (a *app) detach(cmd *cobra.Command, o grid.Options) error {
 	if o.Listen != "" {
 		args = append(args, "--listen", o.Listen)
 	}
+	if o.Delay > 0 {
+		args = append(args, "--delay", o.Delay.String())
+	}
 	child := exec.Command(o.Binary, args...)
 	child.Dir, child.Stdout, child.Stderr = "/", log, log
 	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
