@@ -148,6 +148,11 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.fronts = &fronts{
 		self: cfg.Self, dir: filepath.Join(cfg.Run, "fronts"), log: a.log, all: map[string]*front{}, taken: map[string]bool{}, wake: a.wakeAll,
+		bound: func(id string, pid int, limits *contract.Service) error {
+			// GOMEMLIMIT holds its heap to what the contract says; its database, on tmpfs, has as much again.
+			return a.runner.Bound(id, pid, int64(limits.CPUMilli), 2*int64(limits.Memory), int64(limits.Pids))
+		},
+		unbound: func(id string) { a.runner.Unbound(id) },
 		note: func(id, text string) {
 			if err := a.runner.Note(id, text); err != nil {
 				a.log.Warn("note in the log", "error", err)

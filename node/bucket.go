@@ -30,7 +30,8 @@ import (
 )
 
 // The front end of a contract's buckets is a process of this program, holdfast run s3 --front, and no sandbox: it keeps the
-// store's keys, and dials the locations in the system network. It gets the listener at the workload's address as descriptor
+// store's keys, and dials the locations in the system network. It confines itself (package confine) to its directory, a user
+// of its own and the locations' port, before it reads what a location or a workload says, and has limits. It gets the listener at the workload's address as descriptor
 // 3 and Front as JSON on its standard input, so that no secret is in its arguments, in its environment or on a disk; more
 // Fronts follow there when locations come. Its database is on tmpfs and goes with it: every start takes the store over from
 // the locations. It ends with its input, so that none outlives the agent.
@@ -40,7 +41,9 @@ func ContractScheme() disperse.Scheme { return disperse.Scheme{K: contract.Store
 
 // Front is what a front end is told.
 type Front struct {
-	Dir      string // on tmpfs
+	Dir      string   // on tmpfs
+	User     int      // whom Dir belongs to: it confines itself to both (package confine); 0: it does not
+	Ports    []uint16 // of locations: nothing else can be dialled
 	FrontEnd contract.FrontEnd
 	Places   []Place
 }
@@ -55,8 +58,10 @@ const reasonTaken = "another front end has its store now"
 type fronts struct {
 	self, dir string
 	log       *slog.Logger
-	wake      func()                // is called when one has ended
-	note      func(id, text string) // a line of its log
+	wake      func()                                                   // is called when one has ended
+	note      func(id, text string)                                    // a line of its log
+	bound     func(id string, pid int, limits *contract.Service) error // puts a process into a group with limits
+	unbound   func(id string)
 
 	mu     sync.Mutex
 	places []Place
@@ -65,6 +70,7 @@ type fronts struct {
 }
 
 type front struct {
+	user   int
 	status sandbox.Status // guarded by fronts.mu
 	input  *os.File       // guarded by fronts.mu
 	pid    *os.Process
@@ -119,16 +125,19 @@ func (f *fronts) start(id string, labels map[string]string, fe *contract.FrontEn
 		return err
 	}
 	defer listener.Close()
-	dir := filepath.Join(f.dir, id)
-	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700)); err != nil {
+	dir, user := filepath.Join(f.dir, id), f.user()
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), os.Chown(dir, user, user)); err != nil {
 		return err
 	}
 	cmd := exec.Command(f.self, "run", "s3", "--front")
 	cmd.Env = []string{"PATH=/bin", fmt.Sprintf("GOMEMLIMIT=%d", limits.Memory)}
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{listener}
-	// A group of its own: a signal to the agent's group does not reach it. The kernel ends it with the agent.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
+	// A group of its own: a signal to the agent's group does not reach it. The kernel ends it with the agent. The network is
+	// the node's: it dials the locations.
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid: true, Pdeathsig: unix.SIGKILL, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWNS,
+	}
 	in, input, err := os.Pipe()
 	if err != nil {
 		return err
@@ -143,7 +152,7 @@ func (f *fronts) start(id string, labels map[string]string, fe *contract.FrontEn
 	if err != nil {
 		return err
 	}
-	x := &front{input: input, done: make(chan struct{})}
+	x := &front{user: user, input: input, done: make(chan struct{})}
 	x.status = sandbox.Status{ID: id, State: sandbox.Running, StartedAt: time.Now(), Labels: labels}
 	started := make(chan error, 1)
 	go f.run(id, x, cmd, out, errs, started)
@@ -153,11 +162,31 @@ func (f *fronts) start(id string, labels map[string]string, fe *contract.FrontEn
 	}
 	x.pid = cmd.Process
 	f.all[id] = x
-	if err := x.tell(Front{Dir: dir, FrontEnd: *fe, Places: f.places}); err != nil {
-		x.pid.Kill()
-		return err
+	// Until it is told it does nothing: it is bounded first.
+	err = f.bound(id, x.pid.Pid, limits)
+	if err == nil {
+		err = x.tell(Front{Dir: dir, User: user, Ports: []uint16{PortLocation}, FrontEnd: *fe, Places: f.places})
 	}
-	return nil
+	if err != nil {
+		x.pid.Kill()
+	}
+	return err
+}
+
+// firstFrontUser is the first of the users that front ends run as. Nothing else on a node has one of these.
+const firstFrontUser = 748_000
+
+// user is one that no front end has, so that none can touch another. Call it with mu held.
+func (f *fronts) user() int {
+	for u := firstFrontUser; ; u++ {
+		taken := false
+		for _, x := range f.all {
+			taken = taken || x.user == u
+		}
+		if !taken {
+			return u
+		}
+	}
 }
 
 // tell writes to a front end's input. One that does not read holds nobody up for long.
@@ -251,6 +280,7 @@ func (f *fronts) stop(ctx context.Context, id string, now bool) error {
 	f.mu.Lock()
 	delete(f.all, id)
 	f.mu.Unlock()
+	f.unbound(id)
 	return os.RemoveAll(filepath.Join(f.dir, id))
 }
 

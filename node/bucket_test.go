@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,9 +26,10 @@ import (
 type theFronts struct {
 	*testing.T
 	*fronts
-	mu    sync.Mutex
-	lines []string
-	woken chan struct{}
+	mu      sync.Mutex
+	lines   []string
+	limited []string // instances that have limits
+	woken   chan struct{}
 }
 
 func newFronts(t *testing.T, script string) *theFronts {
@@ -41,6 +43,20 @@ func newFronts(t *testing.T, script string) *theFronts {
 	x.fronts = &fronts{
 		self: self, dir: filepath.Join(dir, "fronts"), log: slog.New(slog.DiscardHandler), all: map[string]*front{}, taken: map[string]bool{},
 		wake: func() { x.woken <- struct{}{} },
+		bound: func(id string, pid int, limits *contract.Service) error {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			if strings.Contains(strings.Join(x.lines, ""), "{") || pid <= 0 || limits.Memory == 0 {
+				return fmt.Errorf("bounded after it was told, or not: process %d, limits %+v", pid, limits)
+			}
+			x.limited = append(x.limited, id)
+			return nil
+		},
+		unbound: func(id string) {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			x.limited = slices.DeleteFunc(x.limited, func(s string) bool { return s == id })
+		},
 		note: func(_, text string) { x.mu.Lock(); defer x.mu.Unlock(); x.lines = append(x.lines, text) },
 	}
 	t.Cleanup(func() { x.stopAll(context.Background()) })
@@ -102,6 +118,9 @@ func TestAFrontEndIsTold(t *testing.T) {
 	}
 	x.follow([]Place{place, {Node: "later"}})
 	x.logged(`"Node":"later"`)
+	if !slices.Equal(x.limited, []string{"a"}) {
+		t.Errorf("%v have limits", x.limited)
+	}
 	if got := x.list(); len(got) != 1 || got[0].State != sandbox.Running || got[0].Labels[label] != "w" {
 		t.Errorf("%+v", got)
 	}

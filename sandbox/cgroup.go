@@ -93,6 +93,60 @@ func (c cgroups) make(group string, res *specs.LinuxResources) error {
 	return errors.Join(errs...)
 }
 
+// join makes a group with these limits, and puts a process in it.
+func (c cgroups) join(group string, res *specs.LinuxResources, pid int) error {
+	if err := c.make(group, res); err != nil {
+		return err
+	}
+	dirs := []string{filepath.Join(string(c), group)}
+	if !c.v2() {
+		dirs = nil
+		for _, x := range []struct {
+			controller string
+			files      map[string]int64
+		}{
+			{"memory", nil}, {"pids", map[string]int64{"pids.max": res.Pids.Limit}},
+			{"cpu", map[string]int64{"cpu.cfs_period_us": int64(*res.CPU.Period), "cpu.cfs_quota_us": *res.CPU.Quota}},
+		} {
+			dir := filepath.Join(string(c), x.controller, group)
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return fmt.Errorf("cgroup: %w", err)
+			}
+			for file, v := range x.files {
+				if err := os.WriteFile(filepath.Join(dir, file), strconv.AppendInt(nil, v, 10), 0o644); err != nil {
+					return fmt.Errorf("cgroup: %w", err)
+				}
+			}
+			dirs = append(dirs, dir)
+		}
+	}
+	for _, dir := range dirs {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), strconv.AppendInt(nil, int64(pid), 10), 0o644); err != nil {
+			return fmt.Errorf("cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// Bound puts a process that is no sandbox into a group of its own with limits: thousandths of a core, bytes, processes. Its
+// child processes are in it too. Unbound removes the group, when it has ended.
+func (r *Runner) Bound(id string, pid int, cpuMilli, memory, pids int64) error {
+	if r.cfg.Cgroup == "" {
+		return nil
+	}
+	quota, period := cpuMilli*100, uint64(100_000) // microseconds
+	return machine.join(filepath.Join(r.cfg.Cgroup, id), &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: &memory}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period}, Pids: &specs.LinuxPids{Limit: pids},
+	}, pid)
+}
+
+// Unbound kills what is left in a process's group, and removes it.
+func (r *Runner) Unbound(id string) {
+	if r.cfg.Cgroup != "" {
+		machine.remove(filepath.Join(r.cfg.Cgroup, id))
+	}
+}
+
 // remove removes a sandbox's groups, and kills what is still in them: nothing is to outlive its sandbox.
 func (c cgroups) remove(group string) {
 	for _, r := range c.roots() {

@@ -1,7 +1,9 @@
 package sandbox
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,5 +46,55 @@ func TestGroupsOfVersion2(t *testing.T) {
 	}
 	if c.outOfMemory("/work/absent") {
 		t.Error("a group that is not there ran out of memory")
+	}
+}
+
+// A process that is no sandbox is held by the kernel to its limits, and ends with its group.
+func TestAProcessIsBounded(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	r := &Runner{cfg: Config{Cgroup: fmt.Sprintf("/holdfast-bound-%d", os.Getpid())}}
+	cmd := exec.Command("/bin/sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	t.Cleanup(func() { cmd.Process.Kill(); machine.remove(r.cfg.Cgroup) })
+	if err := r.Bound("x", cmd.Process.Pid, 250, 64<<20, 10); err != nil {
+		t.Fatal(err)
+	}
+	in, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	controllers, limits := []string{"memory", "cpu", "pids"}, map[string]string{"memory/memory.limit_in_bytes": "67108864", "cpu/cpu.cfs_quota_us": "25000", "pids/pids.max": "10"}
+	if machine.v2() {
+		controllers, limits = []string{""}, map[string]string{"memory.max": "67108864", "cpu.max": "25000 100000", "pids.max": "10"}
+	}
+	for _, c := range controllers {
+		found := false
+		for line := range strings.Lines(string(in)) {
+			_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
+			list, group, _ := strings.Cut(rest, ":")
+			found = found || strings.Contains(","+list+",", ","+c+",") && group == r.cfg.Cgroup+"/x"
+		}
+		if !found {
+			t.Errorf("it is not in a group of %q:\n%s", c, in)
+		}
+	}
+	for file, want := range limits {
+		controller, name := "", file
+		if !machine.v2() {
+			controller, name, _ = strings.Cut(file, "/")
+		}
+		if got, err := os.ReadFile(filepath.Join(string(machine), controller, r.cfg.Cgroup, "x", name)); err != nil || strings.TrimSpace(string(got)) != want {
+			t.Errorf("%s: %q, %v", file, got, err)
+		}
+	}
+	r.Unbound("x")
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("its group is gone, and it ended with %v", err)
 	}
 }

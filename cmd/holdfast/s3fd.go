@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"holdfast/internal/confine"
 	"holdfast/node"
 	"holdfast/store"
 	"holdfast/store/location"
@@ -44,6 +45,16 @@ func runFront(ctx context.Context, in io.Reader, out io.Writer, listener *os.Fil
 	keys, err := store.ParseKeys(first.FrontEnd.Keys)
 	if err != nil {
 		return err
+	}
+	if first.User != 0 {
+		held, err := confine.Self(confine.Policy{User: first.User, Dir: first.Dir, Connect: first.Ports})
+		if err != nil {
+			return err
+		}
+		first.Dir = "/"
+		if len(held.Lacks) > 0 {
+			logger().Warn("the front end is confined in part", "lacks", held.Lacks)
+		}
 	}
 	f := &frontEnd{cfg: first, keys: keys, places: first.Places}
 	defer f.closeMembers()
@@ -79,6 +90,11 @@ func runFront(ctx context.Context, in io.Reader, out io.Writer, listener *os.Fil
 		eg.Go(func() error {
 			if err := f.makeBuckets(ctx, admin); err != nil {
 				return ended(ctx, err)
+			}
+			if first.User != 0 { // before the first byte of a workload's
+				if err := confine.NoMoreListeners(); err != nil {
+					return err
+				}
 			}
 			return pass(ctx, l, socket)
 		})

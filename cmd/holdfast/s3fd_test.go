@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,7 +75,7 @@ type aFront struct {
 	log  *bytes.Buffer
 }
 
-func startFront(t *testing.T, dir string, fe contract.FrontEnd, places []node.Place) *aFront {
+func startFront(t *testing.T, dir string, fe contract.FrontEnd, places []node.Place, more ...node.Place) *aFront {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -113,8 +114,46 @@ func startFront(t *testing.T, dir string, fe contract.FrontEnd, places []node.Pl
 		f.done <- f.cmd.Wait()
 	}()
 	t.Cleanup(func() { f.cmd.Process.Kill(); w.Close() })
-	f.tell(node.Front{Dir: dir, FrontEnd: fe, Places: places})
+	user := 0
+	if os.Geteuid() == 0 {
+		user = 748_010
+		if err := os.Chown(dir, user, user); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var ports []uint16
+	for _, p := range append(slices.Clone(places), more...) {
+		ports = append(ports, p.Addr.Port())
+	}
+	f.tell(node.Front{Dir: dir, User: user, Ports: ports, FrontEnd: fe, Places: places})
 	return f
+}
+
+// held reads from the kernel that the front end is confined.
+func (f *aFront) held() {
+	f.Helper()
+	if os.Geteuid() != 0 {
+		return
+	}
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", f.cmd.Process.Pid))
+	if err != nil || len(tasks) < 2 {
+		f.Fatalf("%d threads, %v", len(tasks), err)
+	}
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		if err != nil {
+			continue // it has ended
+		}
+		for _, want := range []string{"Uid:\t748010\t748010\t748010\t748010\n", "Groups:\t \n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
+			if !strings.Contains(string(b), want) {
+				f.Errorf("%s has no %q:\n%s", task, want, b)
+				return
+			}
+		}
+	}
+	if root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", f.cmd.Process.Pid)); err != nil || root == "/" {
+		f.Errorf("its root is %s, %v", root, err)
+	}
 }
 
 func (f *aFront) tell(m node.Front) {
@@ -189,6 +228,7 @@ func TestAFrontEndOfAContract(t *testing.T) {
 			t.Errorf("%s: %d, version %q", path, resp.StatusCode, resp.Header.Get("X-Amz-Version-Id"))
 		}
 	}
+	first.held()
 	stranger := fe
 	stranger.Secret = "another-secret-of-16"
 	if code, _ := first.ask(stranger, "GET", "/uploads/a", nil); code != 403 {
@@ -263,7 +303,7 @@ func TestAFrontEndWaitsForLocations(t *testing.T) {
 	}
 	fe := contract.FrontEnd{Store: [32]byte{1}, Keys: keys.Marshal(), Access: "HFACCESSACCESSAC", Secret: "secretsecretsecretse", Buckets: []contract.Bucket{{Name: "uploads"}}}
 	places, _ := placesOf(t, root, 6)
-	f := startFront(t, t.TempDir(), fe, places[:5])
+	f := startFront(t, t.TempDir(), fe, places[:5], places[5:]...)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 	defer cancel()
 	if resp, err := http.DefaultClient.Do(signed("GET", f.addr, "/uploads", nil, fe.Access, fe.Secret).WithContext(ctx)); err == nil {
