@@ -244,6 +244,9 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 			continue
 		}
 		src := p.sources[s.Name]
+		if src == nil {
+			continue // of an earlier revision, and on the grid
+		}
 		img := images[src.Manifest]
 		if img == nil {
 			var err error

@@ -38,6 +38,7 @@ func (a *app) contractCmd() *cobra.Command {
 			Use: "history NAME", Short: "List a contract's revisions", Args: asUsed, Example: "  holdfast contract history reader",
 			RunE: a.withUser(a.contractHistory),
 		},
+		a.contractDiffCmd(), a.contractRollbackCmd(),
 		a.storePhraseCmd(),
 		a.contractProposalsCmd(), a.contractApproveCmd(), a.contractWithdrawCmd(),
 		a.contractStateCmd("pause", "Stop a contract's workloads, and keep all else", ledger.Paused, "pause", nil),
@@ -74,37 +75,37 @@ func (a *app) contractList(ctx context.Context, w io.Writer, u *deploy.User, _ [
 func (a *app) contractShowCmd() *cobra.Command {
 	var body bool
 	cmd := &cobra.Command{
-		Use: "show NAME", Short: "Show what the ledger has of a contract, and with --body what is sealed", Args: asUsed,
+		Use: "show NAME[@REVISION]", Short: "Show what the ledger has of a contract, and with --body what is sealed", Args: asUsed,
 		Long:    "Shows the header of the current revision, which everybody can read on the ledger. With --body it opens the sealed body\nwith your key and prints the Compose file that was deployed. A contract is named by its name or its ID.",
-		Example: "  holdfast contract show reader\n  holdfast contract show reader --body > compose.yaml",
-		RunE: a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
-			c, err := u.Find(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			if body {
-				return a.contractBody(ctx, w, u, c)
-			}
-			h, err := u.Header(ctx, c.Current)
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return printJSON(w, struct {
-					Contract *ledger.Contract `json:"contract"`
-					Header   *contract.Header `json:"header"`
-				}{c, h})
-			}
-			showHeader(w, c, h)
-			return nil
-		}),
+		Example: "  holdfast contract show reader\n  holdfast contract show reader@3\n  holdfast contract show reader --body > compose.yaml",
 	}
+	cmd.RunE = a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
+		c, rev, err := a.revisionOf(ctx, cmd, u, args[0])
+		if err != nil {
+			return err
+		}
+		if body {
+			return a.contractBody(ctx, w, u, c, rev)
+		}
+		h, err := u.Header(ctx, rev)
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return printJSON(w, struct {
+				Contract *ledger.Contract `json:"contract"`
+				Header   *contract.Header `json:"header"`
+			}{c, h})
+		}
+		showHeader(w, c, h)
+		return nil
+	})
 	cmd.Flags().BoolVar(&body, "body", false, "print the Compose file that was deployed")
 	return cmd
 }
 
-func (a *app) contractBody(ctx context.Context, w io.Writer, u *deploy.User, c *ledger.Contract) error {
-	cur, err := u.Open(ctx, c, c.Current)
+func (a *app) contractBody(ctx context.Context, w io.Writer, u *deploy.User, c *ledger.Contract, rev contract.RevisionID) error {
+	cur, err := u.Open(ctx, c, rev)
 	if err != nil {
 		return err
 	}
@@ -119,8 +120,8 @@ func (a *app) contractBody(ctx context.Context, w io.Writer, u *deploy.User, c *
 
 func showHeader(w io.Writer, c *ledger.Contract, h *contract.Header) {
 	table(w, []string{"contract", c.Name}, []string{"id", c.ID.String()}, []string{"state", stateColour(w, c.State)}, []string{"account", c.Account.String()},
-		[]string{"revision", fmt.Sprintf("%d, of %s", h.Revision, time.Unix(c.Times[len(c.Times)-1], 0).UTC().Format(time.RFC3339))},
-		[]string{"", c.Current.String()}, []string{"body", fmt.Sprintf("%d bytes, sealed", h.SealedSize)})
+		[]string{"revision", fmt.Sprintf("%d, of %s", h.Revision, time.Unix(c.Times[len(c.Times)-1-int(c.Revision-h.Revision)], 0).UTC().Format(time.RFC3339))},
+		[]string{"", h.RevisionID().String()}, []string{"body", fmt.Sprintf("%d bytes, sealed", h.SealedSize)})
 	fmt.Fprintln(w)
 	rows := [][]string{{"SERVICE", "REPLICAS", "CORES", "MEMORY", "VOLUMES", "EGRESS", "PLACEMENT"}}
 	for _, s := range h.Services {

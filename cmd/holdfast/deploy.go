@@ -113,10 +113,7 @@ func (a *app) deployCmd() *cobra.Command {
 					fmt.Fprintf(out, "%s: nothing changes\n", doc.Name)
 				}
 			} else if id, err = a.submit(cmd, u, p, yes, pr); err != nil {
-				if only := new(proposedError); errors.As(err, only) {
-					return a.proposed(out, only.p)
-				}
-				return err
+				return a.unlessProposed(out, err)
 			}
 			if wait {
 				wctx, cancel := context.WithTimeout(ctx, timeout)
@@ -174,6 +171,14 @@ func (a *app) submit(cmd *cobra.Command, u *deploy.User, p *deploy.Proposal, yes
 
 // proposedError ends a deployment that waits for others' consent.
 type proposedError struct{ p *ledger.Proposal }
+
+// unlessProposed shows what was proposed; that is no failure.
+func (a *app) unlessProposed(w io.Writer, err error) error {
+	if only := new(proposedError); errors.As(err, only) {
+		return a.proposed(w, only.p)
+	}
+	return err
+}
 
 func (e proposedError) Error() string { return "it is proposed as " + e.p.ID.String() }
 

@@ -145,8 +145,8 @@ func steal(raw string) error {
 			}
 			return err
 		}(),
-		"be root again":          syscall.Setresuid(0, 0, 0),
-		"listen on TCP":          listen("tcp"),
+		"be root again": syscall.Setresuid(0, 0, 0),
+		"listen on TCP": listen("tcp"),
 		"listen on a socket of the machine": func() error {
 			l, err := net.Listen("unix", own+"-2.sock")
 			if err == nil {
