@@ -14,6 +14,7 @@ type Body struct {
 	Services     []Process     `cbor:"2,keyasint"` // as the header's services, same order and names
 	Certificates []Certificate `cbor:"3,keyasint,omitempty"`
 	Source       []byte        `cbor:"4,keyasint,omitempty"` // the Compose file as it was given, for people
+	Template     *Origin       `cbor:"5,keyasint,omitempty"` // that Source is, if it is one
 }
 
 // Process is how one service runs.
@@ -175,6 +176,11 @@ func countItems(b []byte) int {
 // Validate checks that the body fits its header: the grid placed and bounded what the header says, so that a body which
 // says otherwise must not start. Lists are sorted and name nothing twice, so that a plan shows all that there is.
 func (b *Body) Validate(h *Header) error {
+	if o := b.Template; o != nil {
+		if err := o.valid(); err != nil {
+			return fmt.Errorf("template: %w", err)
+		}
+	}
 	if b.Version != Version {
 		return fmt.Errorf("version %d is not known, this program knows %d", b.Version, Version)
 	}

@@ -48,6 +48,9 @@ type Input struct {
 	Path         string            // of the file; its directory is the project's
 	Env          map[string]string // for ${VARIABLES}; a file .env beside the Compose file stands behind it
 	OutsideFiles bool              // secrets, configs and env_files may lie outside the project's directory
+	Set          map[string]string // values of the file's parameters
+	Template     *Origin           // the file is Raw, not at Path, and names no other; Env is not looked at
+	Raw          []byte
 }
 
 // Document is what a Compose file asks for, before its images are found and it is signed.
@@ -61,6 +64,15 @@ type Document struct {
 
 // Load reads a Compose file. What it asks for and cannot have is an error with file and line and what to write instead.
 func Load(ctx context.Context, in Input) (*Document, error) {
+	if in.Template != nil {
+		l := &composer{Input: in, dir: ".", raw: in.Raw}
+		l.Env, l.Path = nil, in.Template.String()
+		doc, err := l.load(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("template %s: %w", in.Template.Name+"@"+in.Template.Version, err)
+		}
+		return doc, nil
+	}
 	f, err := os.Open(in.Path)
 	if err != nil {
 		return nil, err
@@ -95,6 +107,7 @@ type composer struct {
 	dir       string
 	raw       []byte
 	vars      *variables
+	values    map[string]string // of the file's parameters
 	root      *yaml.Node
 	doc       *Document
 	published []publish
@@ -128,7 +141,7 @@ func (l *composer) load(ctx context.Context) (doc *Document, err error) {
 		}
 		l.vars.file = file
 	}
-	if l.root, err = (&reader{vars: l.vars, parts: maxNodes}).read(l.raw); err != nil {
+	if l.root, err = (&reader{vars: l.vars, parts: maxNodes, begin: l.parameters}).read(l.raw); err != nil {
 		return nil, err
 	}
 	if err := l.check(); err != nil {
@@ -154,6 +167,9 @@ func (l *composer) load(ctx context.Context) (doc *Document, err error) {
 		return nil, l.locate(err)
 	}
 	if err := l.convert(p); err != nil {
+		return nil, err
+	}
+	if err := l.origin(); err != nil {
 		return nil, err
 	}
 	l.doc.Notes = append(l.doc.Notes, l.vars.notes()...)
@@ -194,6 +210,12 @@ var errIrregular = errors.New("not a regular file")
 
 // read reads a file of the project, and nothing outside it unless the user allows that.
 func (l *composer) read(name string) ([]byte, error) {
+	if l.Template != nil {
+		if name == ".env" {
+			return nil, fs.ErrNotExist
+		}
+		return nil, fmt.Errorf("%s: a template is one file and names no other: put it inline, as content", name)
+	}
 	var f *os.File
 	// Opened without waiting: a pipe has nobody at its other end.
 	if l.OutsideFiles {
@@ -301,7 +323,8 @@ func supported(section string) []string {
 		"network":      {"driver"},
 		"config":       {"file", "content", "environment"},
 		"secret":       {"file", "environment"},
-		"x file":       {"routes", "placement", "buckets", "storage", "approvals"},
+		"x file":       {"routes", "placement", "buckets", "storage", "approvals", "parameters"},
+		"parameter":    {"type", "about", "default", "example", "choices", "pattern", "min", "max"},
 		"approval":     {"need", "of", "acts"},
 		"bucket":       {"versioning"},
 		"x svc":        {"placement", "egress", "buckets"},

@@ -64,6 +64,7 @@ func vectorStore() (*Header, *Keys, *Body) {
 	h.Volumes, h.Routes, h.Store = nil, nil, Store{fill32(0x30), fill32(0x31), 1 << 30}
 	h.Approvals = []identity.Approval{{Name: "budget", Need: 2, Parties: []identity.Party{{Account: fill32(0x33), Weight: 1}, {Account: fill32(0x34), Weight: 2}}, Acts: []identity.Act{identity.ActCancel, identity.ActRevise}}}
 	b.Certificates = nil
+	b.Template = &Origin{fill32(0x35), "photos", "1.0", fill32(0x36), []Value{{"size", "1GiB"}}}
 	b.Services = []Process{
 		{Name: "s3", Image: Image{Blobs: []Blob{}}, FrontEnd: &FrontEnd{fill32(0x32), []byte("keys"), "HFACCESS00000000", "secretsecretsecret", []Bucket{{"avatars", true}, {"uploads", false}}}},
 		{Name: "web", Image: b.Services[1].Image, Buckets: []string{"uploads"}},

@@ -163,6 +163,12 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 	for _, r := range h.Routes {
 		add("", "route "+r.Host, fmt.Sprintf("%s port %d", r.Service, r.Port))
 	}
+	if b.Template != nil {
+		add("", "template", b.Template.String())
+		for _, v := range b.Template.Values {
+			add("", "parameter "+v.Name, strconv.Quote(v.Text))
+		}
+	}
 	for i := range h.Approvals {
 		a := &h.Approvals[i]
 		add("", "approval "+a.Name, a.String(), hex.EncodeToString(canonical.Encode(a)))

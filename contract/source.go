@@ -23,7 +23,8 @@ func at(n *yaml.Node, format string, args ...any) error {
 // checked is what is used. Its size is bounded by what it holds, not by what the file looks like.
 type reader struct {
 	vars  *variables
-	parts int // that the tree may still have
+	parts int                    // that the tree may still have
+	begin func(*yaml.Node) error // sees the file as it is written, before variables are filled in
 }
 
 // read parses exactly one document.
@@ -43,6 +44,9 @@ func (r *reader) read(raw []byte) (*yaml.Node, error) {
 	}
 	if len(doc.Content) != 1 || doc.Content[0].Kind != yaml.MappingNode {
 		return nil, errors.New("it is not a Compose file: the top is no mapping")
+	}
+	if err := r.begin(doc.Content[0]); err != nil {
+		return nil, err
 	}
 	return r.expand(doc.Content[0], 0)
 }

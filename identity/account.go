@@ -19,6 +19,7 @@ const (
 	ActRoute        Act = "route"         // a revision that changes nothing but routes; else as revise
 	ActCancel       Act = "cancel"        // the end of a contract, and taking that back
 	ActPause        Act = "pause"         // stopping a contract's workloads, and starting them again; else as cancel
+	ActPublish      Act = "publish"       // a template
 	ActApprove      Act = "approve"       // consenting to what another account proposes
 	ActPolicy       Act = "change-policy" // needs what every rule and every approval of the policy needs
 	ActReadLogs     Act = "read-logs"     // a workload's output
@@ -42,7 +43,7 @@ const (
 // Acts are all acts that a rule or an approval can name.
 func Acts() []Act {
 	return []Act{
-		ActDefault, ActCreate, ActRevise, ActScale, ActRoute, ActCancel, ActPause, ActApprove, ActPolicy, ActReadLogs, ActAdmitFarm,
+		ActDefault, ActCreate, ActRevise, ActScale, ActRoute, ActCancel, ActPause, ActPublish, ActApprove, ActPolicy, ActReadLogs, ActAdmitFarm,
 		ActAdmitNode, ActAdmitGateway, ActSetQuota,
 	}
 }

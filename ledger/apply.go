@@ -173,6 +173,8 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActPause, identity.ActCancel}
 	case KindAccountPolicy:
 		return []identity.Act{identity.ActPolicy}
+	case KindTemplate:
+		return []identity.Act{identity.ActPublish}
 	case KindConsent:
 		return []identity.Act{identity.ActApprove}
 	case KindEnvelopePut:
@@ -216,6 +218,8 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *ContractState) error { return b.contractState(who, p) })
 	case KindAccountPolicy:
 		return with(tx, func(p *AccountPolicy) error { return b.accountPolicy(who, p) })
+	case KindTemplate:
+		return with(tx, func(p *TemplatePublish) error { return b.templatePublish(who, p) })
 	case KindConsent:
 		return with(tx, func(p *Consent) error { return b.consent(who, p) })
 	case KindWithdraw:

@@ -122,8 +122,12 @@ func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id
 func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) }
 func RouteKey(host string) string                 { return "route/" + host }
 func ProposalKey(id ProposalID) string            { return "proposal/" + string(id[:]) }
-func AskedKey(id identity.AccountID) string       { return "account-asked/" + string(id[:]) }     // []ProposalID that are open and ask it
-func ProposalsKey(id identity.AccountID) string   { return "account-proposals/" + string(id[:]) } // []ProposalID that are open
+func TemplateKey(a identity.AccountID, name, version string) string {
+	return "template/" + string(a[:]) + name + "@" + version
+}
+func TemplatesKey(id identity.AccountID) string { return "account-templates/" + string(id[:]) } // []string, NAME@VERSION in order of publication
+func AskedKey(id identity.AccountID) string     { return "account-asked/" + string(id[:]) }     // []ProposalID that are open and ask it
+func ProposalsKey(id identity.AccountID) string { return "account-proposals/" + string(id[:]) } // []ProposalID that are open
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
 }

@@ -18,20 +18,21 @@ type Kind string
 
 // The kinds of this version and their payloads.
 const (
-	KindAccountCreate  Kind = "account.create"  // AccountCreate, signed by every device in it
-	KindAccountQuota   Kind = "account.quota"   // AccountQuota, by the grid's account
-	KindAccountPolicy  Kind = "account.policy"  // AccountPolicy, by the account; it takes effect later
-	KindFarmAdmit      Kind = "farm.admit"      // FarmAdmit, by the grid's account
-	KindNodeAdmit      Kind = "node.admit"      // NodeAdmit, by the farm's owner
-	KindNodeUpdate     Kind = "node.update"     // NodeUpdate, by the node
-	KindGatewayAdmit   Kind = "gateway.admit"   // GatewayAdmit, by the grid's account
-	KindContractSubmit Kind = "contract.submit" // ContractSubmit, by the contract's account
-	KindContractCancel Kind = "contract.cancel" // ContractCancel, by the contract's account
-	KindContractState  Kind = "contract.state"  // ContractState, by the contract's account
-	KindConsent        Kind = "consent"         // Consent, by a party of what is proposed
-	KindWithdraw       Kind = "withdraw"        // Withdraw, by the account that proposed
-	KindEnvelopePut    Kind = "envelope.put"    // EnvelopePut, by the contract's account or a node that holds an envelope
-	KindVolumeCreated  Kind = "volume.created"  // VolumeCreated, by the node that the volume is on
+	KindAccountCreate  Kind = "account.create"   // AccountCreate, signed by every device in it
+	KindAccountQuota   Kind = "account.quota"    // AccountQuota, by the grid's account
+	KindAccountPolicy  Kind = "account.policy"   // AccountPolicy, by the account; it takes effect later
+	KindFarmAdmit      Kind = "farm.admit"       // FarmAdmit, by the grid's account
+	KindNodeAdmit      Kind = "node.admit"       // NodeAdmit, by the farm's owner
+	KindNodeUpdate     Kind = "node.update"      // NodeUpdate, by the node
+	KindGatewayAdmit   Kind = "gateway.admit"    // GatewayAdmit, by the grid's account
+	KindContractSubmit Kind = "contract.submit"  // ContractSubmit, by the contract's account
+	KindContractCancel Kind = "contract.cancel"  // ContractCancel, by the contract's account
+	KindContractState  Kind = "contract.state"   // ContractState, by the contract's account
+	KindTemplate       Kind = "template.publish" // TemplatePublish, by the account whose template it is
+	KindConsent        Kind = "consent"          // Consent, by a party of what is proposed
+	KindWithdraw       Kind = "withdraw"         // Withdraw, by the account that proposed
+	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
+	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
 )
 
 // Tx is a signed transaction. Signatures are over everything else: grid, actor, nonce, kind and payload.
@@ -233,6 +234,14 @@ type ContractState struct {
 // AccountPolicy replaces an account's policy.
 type AccountPolicy struct {
 	Policy identity.Policy `cbor:"1,keyasint"`
+}
+
+// TemplatePublish puts a version of a template on the ledger, for good. Its document is a blob.
+type TemplatePublish struct {
+	Name    string   `cbor:"1,keyasint"`
+	Version string   `cbor:"2,keyasint"`
+	Digest  [32]byte `cbor:"3,keyasint"` // SHA-256 of the document
+	Size    uint32   `cbor:"4,keyasint"` // bytes
 }
 
 // Consent is an account's word to a proposal: the ID is a digest of all that the proposal does.

@@ -132,6 +132,9 @@ func life(t *testing.T) (*vectors, *State) {
 	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
 	apply(KindContractState, owner, &ContractState{h.ContractID(), Active}, user)
 	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
+	apply(KindTemplate, owner, &TemplatePublish{"blog", "1.0", [32]byte{9}, 100}, user)
+	raw, _ := s.tree.get(TemplateKey(owner.ID, "blog", "1.0"))
+	v.add("record.template", raw)
 	say := []identity.Approval{{Name: "audit", Need: 2, Parties: []identity.Party{{Account: account, Weight: 2}, {Account: owner.ID, Weight: 1}}, Acts: []identity.Act{identity.ActCreate}}}
 	if err := identity.ValidateApprovals(say); err != nil {
 		t.Fatal(err)

@@ -176,6 +176,18 @@ func (a *app) showReview(ctx context.Context, w io.Writer, u *deploy.User, r *de
 		}
 		fmt.Fprint(w, r.Plan.Text())
 		return nil
+	case ledger.KindTemplate:
+		s, err := ledger.Payload[ledger.TemplatePublish](r.Tx)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "template %s@%s, %d bytes, sha256 %x\n", s.Name, s.Version, s.Size, s.Digest)
+		raw, err := u.TemplateDocument(ctx, s.Digest)
+		if err != nil {
+			return err
+		}
+		showText(w, raw)
+		return nil
 	case ledger.KindContractCancel, ledger.KindContractState:
 		what := "the end of"
 		if r.Tx.Kind == ledger.KindContractState {

@@ -17,36 +17,81 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// load reads the Compose file of plan and deploy.
-func load(ctx context.Context, path string, outside bool) (*contract.Document, error) {
+// source is what plan and deploy read.
+type source struct {
+	outside bool
+	set     []string
+}
+
+func (s *source) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.BoolVar(&s.outside, "outside-files", false, "allow secrets, configs and env files outside the Compose file's directory")
+	f.StringArrayVar(&s.set, "set", nil, "`NAME=VALUE` of a parameter; may be repeated")
+}
+
+// load reads a Compose file, or a template if u is not nil. dir is where its images are looked for.
+func (s *source) load(cmd *cobra.Command, u *deploy.User, arg string) (*contract.Document, error) {
+	ctx := cmd.Context()
+	set, err := parseSet(cmd, s.set)
+	if err != nil {
+		return nil, err
+	}
+	if isTemplate(arg) {
+		if u == nil {
+			return nil, wrong(cmd, fmt.Errorf("%s is a template, which only the grid has", arg))
+		}
+		return u.Expand(ctx, arg, set)
+	}
+
 	env := map[string]string{}
 	for _, e := range os.Environ() {
 		k, v, _ := strings.Cut(e, "=")
 		env[k] = v
 	}
-	return contract.Load(ctx, contract.Input{Path: path, Env: env, OutsideFiles: outside})
+	return contract.Load(ctx, contract.Input{Path: arg, Env: env, OutsideFiles: s.outside, Set: set})
 }
 
-const outsideUsage = "allow secrets, configs and env files outside the Compose file's directory"
+// userWith reads a file before anybody is asked for a passphrase, and a template with the user's client.
+func (a *app) userWith(cmd *cobra.Command, src *source, arg string) (*deploy.User, *contract.Document, *grid.Client, error) {
+	var doc *contract.Document
+	var err error
+	if !isTemplate(arg) {
+		if doc, err = src.load(cmd, nil, arg); err != nil {
+			return nil, nil, nil, err
+		}
+	}
+	u, cfg, err := a.user(cmd.Context())
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if doc == nil {
+		if doc, err = src.load(cmd, u, arg); err != nil {
+			u.Client.Close()
+			return nil, nil, nil, err
+		}
+	}
+	return u, doc, cfg, nil
+}
 
 func (a *app) planCmd() *cobra.Command {
-	var outside, offline bool
+	var offline bool
+	var src source
 	cmd := &cobra.Command{
-		Use: "plan FILE", Short: "Show what deploying a Compose file would change", Args: asUsed,
+		Use: "plan FILE|TEMPLATE", Short: "Show what deploying a Compose file would change", Args: asUsed,
 		Long:    "Reads a Compose file, finds its images, and compares it with what runs. It changes nothing. What the file asks for and\ncannot have is refused, with the line and what to write instead.",
 		Example: "  holdfast plan compose.yaml\n  holdfast plan compose.yaml --json\n  holdfast plan compose.yaml --offline             # check the file alone, without a grid and its images",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			doc, err := load(cmd.Context(), args[0], outside)
-			if err != nil {
-				return err
-			}
 			if offline {
+				doc, err := src.load(cmd, nil, args[0])
+				if err != nil {
+					return err
+				}
 				for i := range doc.Body.Services {
 					doc.Body.Services[i].Image.Manifest = "unknown"
 				}
 				return a.showPlan(cmd.OutOrStdout(), &deploy.Proposal{Document: doc, Plan: contract.Diff(nil, nil, &doc.Header, &doc.Body)})
 			}
-			u, _, err := a.user(cmd.Context())
+			u, doc, _, err := a.userWith(cmd, &src, args[0])
 			if err != nil {
 				return err
 			}
@@ -58,7 +103,7 @@ func (a *app) planCmd() *cobra.Command {
 			return a.showPlan(cmd.OutOrStdout(), p)
 		},
 	}
-	cmd.Flags().BoolVar(&outside, "outside-files", false, outsideUsage)
+	src.flags(cmd)
 	cmd.Flags().BoolVar(&offline, "offline", false, "ask no grid and look for no image: everything is new")
 	return cmd
 }
@@ -83,19 +128,16 @@ func (a *app) showPlan(w io.Writer, p *deploy.Proposal) error {
 }
 
 func (a *app) deployCmd() *cobra.Command {
-	var yes, wait, outside bool
+	var yes, wait bool
+	var src source
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use: "deploy FILE", Short: "Deploy a Compose file as a signed contract", Args: asUsed,
+		Use: "deploy FILE|TEMPLATE", Short: "Deploy a Compose file or a template as a signed contract", Args: asUsed,
 		Long:    "Shows what would change, asks on a terminal, then seals the body and the images, signs the revision and submits it.\nA file that changes nothing is left alone. With --wait it follows until every workload runs and every route answers.",
-		Example: "  holdfast deploy compose.yaml --wait\n  holdfast deploy compose.yaml --yes --wait --json",
+		Example: "  holdfast deploy compose.yaml --wait\n  holdfast deploy compose.yaml --yes --wait --json\n  holdfast deploy acct1…/blog@1.0 --set host=blog.localhost",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, out := cmd.Context(), cmd.OutOrStdout()
-			doc, err := load(ctx, args[0], outside)
-			if err != nil {
-				return err
-			}
-			u, cfg, err := a.user(ctx)
+			u, doc, cfg, err := a.userWith(cmd, &src, args[0])
 			if err != nil {
 				return err
 			}
@@ -129,7 +171,7 @@ func (a *app) deployCmd() *cobra.Command {
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	f.BoolVar(&wait, "wait", false, "follow until it runs and its routes answer")
 	f.DurationVar(&timeout, "timeout", 5*time.Minute, "how long --wait waits")
-	f.BoolVar(&outside, "outside-files", false, outsideUsage)
+	src.flags(cmd)
 	return cmd
 }
 

@@ -3,8 +3,12 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	stdlog "log"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -29,6 +33,10 @@ import (
 	"holdfast/store"
 	"holdfast/store/location"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	gcrregistry "github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 )
@@ -62,6 +70,8 @@ func TestMain(m *testing.M) {
 //	s3 put|get|delete PORT CREDENTIALS BUCKET/KEY [FILE], s3 make PORT CREDENTIALS BUCKET   an S3 client
 //	recovery VAR PHRASE        $VAR is what a location's --allow has for the key of a phrase
 //	moment VAR                 $VAR is the time
+//	template VAR NAME VERSION  $VAR is the full name of a template of the grid's user
+//	registry DIR NAME          a registry, with the image in DIR as NAME; $REGISTRY is its host and port
 //	person VAR DIR             somebody with an account of his own; $VAR is its ID
 //	fill FILE                  puts variables into a file
 //	proposal VAR DIR           $VAR is what waits first for the consent of the person with DIR
@@ -90,7 +100,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
 			"port": freePort, "noise": writeNoise, "s3": askS3,
-			"recovery": recoveryKey, "loot": loot, "moment": now, "person": person, "fill": fill, "proposal": proposal,
+			"recovery": recoveryKey, "loot": loot, "moment": now, "person": person, "fill": fill, "proposal": proposal, "registry": startRegistry, "template": templateRef,
 		},
 	})
 }
@@ -160,8 +170,39 @@ func person(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv(args[0], out.Account)
 }
 
+func templateRef(ts *testscript.TestScript, _ bool, args []string) {
+	v, ok := grids.Load(ts.Value("t"))
+	if !ok {
+		ts.Fatalf("there is no grid")
+	}
+	ts.Setenv(args[0], v.(*theGrid).account.String()+"/"+args[1]+"@"+args[2])
+}
+
+func startRegistry(ts *testscript.TestScript, _ bool, args []string) {
+	s := httptest.NewTLSServer(gcrregistry.New(gcrregistry.Logger(stdlog.New(io.Discard, "", 0))))
+	ts.Defer(s.Close)
+	host, trusted := strings.TrimPrefix(s.URL, "https://"), ts.MkAbs("registry.pem")
+	ts.Check(os.WriteFile(trusted, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}), 0o600))
+	ts.Setenv("SSL_CERT_FILE", trusted)
+	ts.Setenv("REGISTRY", host)
+	index, err := layout.ImageIndexFromPath(ts.MkAbs(args[0]))
+	ts.Check(err)
+	manifest, err := index.IndexManifest()
+	ts.Check(err)
+	img, err := index.Image(manifest.Manifests[0].Digest)
+	ts.Check(err)
+	ref, err := name.ParseReference(host + "/" + args[1])
+	ts.Check(err)
+	ts.Check(remote.Write(ref, img, remote.WithTransport(s.Client().Transport)))
+}
+
 func fill(ts *testscript.TestScript, _ bool, args []string) {
-	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(os.Expand(ts.ReadFile(args[0]), ts.Getenv)), 0o600))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(os.Expand(ts.ReadFile(args[0]), func(k string) string {
+		if k == "$" {
+			return "$"
+		}
+		return ts.Getenv(k)
+	})), 0o600))
 }
 
 func proposal(ts *testscript.TestScript, _ bool, args []string) {
