@@ -166,7 +166,7 @@ func acts(kind Kind) []identity.Act {
 	case KindGatewayAdmit:
 		return []identity.Act{identity.ActAdmitGateway}
 	case KindContractSubmit:
-		return []identity.Act{identity.ActCreate, identity.ActRevise}
+		return []identity.Act{identity.ActCreate, identity.ActRevise, identity.ActScale, identity.ActRoute}
 	case KindContractCancel:
 		return []identity.Act{identity.ActCancel}
 	case KindContractState:

@@ -221,6 +221,48 @@ func TestActsOfARevision(t *testing.T) {
 	}
 }
 
+// Whoever may only scale spends a nonce with a scaling that is refused, takes back what he proposed, and spends none with
+// what he may not do.
+func TestWhoMayOnlyScale(t *testing.T) {
+	x := newGrid(t, "lab")
+	second := identity.NewKey([32]byte{41})
+	p := x.person(1, second)
+	other := x.person(2)
+	me := Actor{ID: p.id}
+	submit := func(h *contract.Header, keys ...*identity.PrivateKey) *Tx {
+		return x.tx(KindContractSubmit, me, &ContractSubmit{Header: h.Encode()}, keys...)
+	}
+	x.must(x.tx(KindAccountPolicy, me, &AccountPolicy{identity.Policy{Rules: []identity.Rule{
+		{Act: identity.ActDefault, Threshold: 2}, {Act: identity.ActScale, Threshold: 1},
+	}}}, p.key))
+	x.pass(10 * time.Second)
+	h := x.header("app", func(h *contract.Header) { h.Account = p.id }, approvals(approval("ops", 1, ones(other), identity.ActScale)))
+	x.must(submit(h, p.key, second))
+	scaled := func(n uint16) *contract.Header {
+		return x.next(h, func(n *contract.Header) { n.SealedBody = h.SealedBody }, func(s *contract.Header) { s.Services[0].Replicas = n })
+	}
+	last := x.nonce[me]
+	x.refused("a revision by one device", submit(x.next(h), p.key), `"revise" needs 2`)
+	if x.nonce[me] != last {
+		t.Error("what one device may not do has spent a nonce")
+	}
+	stale := scaled(2)
+	stale.Previous[0]++
+	x.refused("a scaling of something else", submit(stale, p.key), "plan again")
+	if x.nonce[me] != last+1 {
+		t.Error("a refused scaling can come true later")
+	}
+	tx := submit(scaled(2), p.key)
+	x.must(tx)
+	x.must(x.tx(KindWithdraw, me, &Withdraw{ProposalID(tx.ID())}, p.key))
+	tx = submit(scaled(2), p.key)
+	x.must(tx)
+	x.must(x.consent(other, ProposalID(tx.ID())))
+	if c := x.contract(h); c.Revision != 2 {
+		t.Errorf("%+v", c)
+	}
+}
+
 // What is proposed is judged when it comes true, by the policy and the contract of then.
 func TestProposalsAreJudgedWhenTheyComeTrue(t *testing.T) {
 	x := newGrid(t, "lab")
