@@ -47,7 +47,7 @@ func runFront(ctx context.Context, in io.Reader, out io.Writer, listener *os.Fil
 		return err
 	}
 	if first.User != 0 {
-		held, err := confine.Self(confine.Policy{User: first.User, Dir: first.Dir, Connect: first.Ports})
+		held, err := confine.Self(confine.Policy{User: first.User, Dir: first.Dir, Connect: first.Ports, EndWithParent: true})
 		if err != nil {
 			return err
 		}

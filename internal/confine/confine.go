@@ -26,6 +26,8 @@ type Policy struct {
 	Dir  string // becomes the root of the file system
 	// Ports that TCP can connect to. Kernels before 6.7 (Landlock ABI 4) do not hold this; Self says what holds.
 	Connect []uint16
+	// The kernel forgets who is to die with his parent when a user changes: so the process asks for it anew.
+	EndWithParent bool
 }
 
 // Held is what the kernel does not hold of a policy, in words; empty: all is held.
@@ -60,6 +62,12 @@ func Self(p Policy) (*Held, error) {
 		{"groups", func() error { return syscall.Setgroups(nil) }},
 		{"group", func() error { return syscall.Setresgid(p.User, p.User, p.User) }},
 		{"user", func() error { return syscall.Setresuid(p.User, p.User, p.User) }}, // takes all capabilities with it
+		{"end with the parent", func() error {
+			if !p.EndWithParent {
+				return nil
+			}
+			return unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0) // a thread's, and Go keeps its threads
+		}},
 		{"dumpable", func() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }},
 		{"seccomp", func() error { return load(denied()...) }},
 	} {

@@ -8,9 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -37,7 +40,81 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	switch role := os.Getenv(asFamily); role {
+	case "":
+		os.Exit(m.Run())
+	case "parent":
+		runtime.LockOSThread() // it is the thread whose death counts
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), asFamily+"=child")
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		cmd.Wait()
+	case "child":
+		dir := os.Getenv("HOLDFAST_TEST_DIR")
+		if _, err := Self(Policy{User: 748_002, Dir: dir, EndWithParent: os.Getenv("HOLDFAST_TEST_END") != ""}); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println("confined")
+		time.Sleep(time.Minute)
+	}
+	os.Exit(0)
+}
+
+const asFamily = "HOLDFAST_TEST_FAMILY"
+
+// A confined process ends with its parent, if that is asked for. Changing its user has the kernel forget what the parent had
+// set: the control.
+func TestItEndsWithItsParent(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	for _, asked := range []bool{true, false} {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), asFamily+"=parent", "HOLDFAST_TEST_DIR="+t.TempDir())
+		if asked {
+			cmd.Env = append(cmd.Env, "HOLDFAST_TEST_END=1")
+		}
+		out, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		cmd.Stdout, cmd.Stderr = w, w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		said := make([]byte, 200)
+		n, err := out.Read(said)
+		if err != nil || string(said[:n]) != "confined\n" {
+			t.Fatalf("%q, %v", said[:n], err)
+		}
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", cmd.Process.Pid, cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		child, err := strconv.Atoi(strings.TrimSpace(string(children)))
+		if err != nil {
+			t.Fatalf("%q: %v", children, err)
+		}
+		defer unix.Kill(child, unix.SIGKILL)
+		cmd.Process.Kill()
+		cmd.Wait()
+		gone := false
+		for begin := time.Now(); !gone && time.Since(begin) < 2*time.Second; time.Sleep(10 * time.Millisecond) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child))
+			gone = err != nil || strings.Contains(string(b), ") Z ")
+		}
+		if gone != asked {
+			t.Errorf("asked %v: it ended %v", asked, gone)
+		}
+	}
 }
 
 func steal(raw string) error {
