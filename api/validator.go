@@ -125,7 +125,13 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 			"GET /v1/node/pending":  http.HandlerFunc(v.listPending),
 		},
 		Known: v.known,
-		Log:   v.log,
+		Archive: func(s comet.State, i int) []string {
+			if id, ok := s.(machine).About(i); ok {
+				return []string{ledger.HistoryKey(id)}
+			}
+			return nil
+		},
+		Log: v.log,
 	})
 	if err != nil {
 		return nil, err
