@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	dbm "github.com/cometbft/cometbft-db"
 	abci "github.com/cometbft/cometbft/abci/types"
@@ -44,10 +45,23 @@ func VerifyHome(ctx context.Context, c *Config, progress func(height, last int64
 		return nil, err
 	}
 	defer func() {
-		if err != nil { // Pebble does not close a table that it could not read
-			defer func() { recover() }()
+		closed := make(chan error, 1)
+		go func() {
+			defer func() { // Pebble does not close a table that it could not read: nothing was written, and it can stay open
+				if recover() != nil {
+					closed <- nil
+				}
+			}()
+			closed <- d.close()
+		}()
+		if err == nil {
+			err = <-closed
+			return
 		}
-		err = errors.Join(err, d.close())
+		select {
+		case <-closed:
+		case <-time.After(time.Second):
+		}
 	}()
 	tmp, err := os.MkdirTemp("", "holdfast-verify-")
 	if err != nil {
