@@ -92,20 +92,7 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 	}
 	v.comet, err = comet.New(comet.Config{
 		Home: cfg.Home, Genesis: CometGenesis(cfg.Genesis), P2P: cfg.P2P, Peers: cfg.Peers, API: cfg.API, TLS: cfg.TLS,
-		Machine: comet.Machine{
-			Genesis: func(g comet.Genesis) (comet.State, error) {
-				doc, err := ledger.DecodeGenesis(g.State)
-				if err != nil {
-					return nil, err
-				}
-				s, err := ledger.New(doc)
-				return machine{s}, err
-			},
-			Load: func(_ int64, all iter.Seq2[string, []byte]) (comet.State, error) {
-				s, err := ledger.Load(all)
-				return machine{s}, err
-			},
-		},
+		Machine: replicated(), Archive: archived,
 		Timeouts: cfg.Timeouts,
 		Extend: func(int64) []byte {
 			if s := v.state(); s != nil {
@@ -113,7 +100,7 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 			}
 			return nil
 		},
-		VerifyExtension: func(b []byte) error { _, err := ledger.DecodeExtension(b); return err },
+		VerifyExtension: wellFormed,
 		Handlers: map[string]http.Handler{
 			"POST /v1/heartbeat":    http.HandlerFunc(v.heartbeat),
 			"GET /v1/reports":       http.HandlerFunc(v.reports),
@@ -132,6 +119,42 @@ func NewValidator(cfg ValidatorConfig) (*Validator, error) {
 	}
 	return v, nil
 }
+
+// VerifyLedger checks the chain and the state of a validator that does not run, in its home or a copy: blocks, commits and
+// hashes, and that executing all blocks again makes what is there. It changes nothing.
+func VerifyLedger(ctx context.Context, g *ledger.Genesis, home string, progress func(height, last int64)) (*comet.Checked, error) {
+	return comet.VerifyHome(ctx, &comet.Config{
+		Home: home, Genesis: CometGenesis(g), Machine: replicated(), Archive: archived, VerifyExtension: wellFormed,
+	}, progress)
+}
+
+// replicated is the machine that validators replicate.
+func replicated() comet.Machine {
+	return comet.Machine{
+		Genesis: func(g comet.Genesis) (comet.State, error) {
+			doc, err := ledger.DecodeGenesis(g.State)
+			if err != nil {
+				return nil, err
+			}
+			s, err := ledger.New(doc)
+			return machine{s}, err
+		},
+		Load: func(_ int64, all iter.Seq2[string, []byte]) (comet.State, error) {
+			s, err := ledger.Load(all)
+			return machine{s}, err
+		},
+	}
+}
+
+// archived is the name under which a transaction is kept: that of the history that it is in.
+func archived(s comet.State, i int) []string {
+	if id, ok := s.(machine).About(i); ok {
+		return []string{ledger.HistoryKey(id)}
+	}
+	return nil
+}
+
+func wellFormed(extension []byte) error { _, err := ledger.DecodeExtension(extension); return err }
 
 // Run takes part until ctx ends.
 func (v *Validator) Run(ctx context.Context) (err error) {

@@ -167,6 +167,15 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 		p.sources[s.Name] = src
 		s.Image = contract.Image{Reference: src.Reference, Manifest: src.Manifest}
 	}
+	if err := u.compare(p); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// compare makes the plan of a proposal.
+func (u *User) compare(p *Proposal) error {
+	doc := p.Document
 	var oldH *contract.Header
 	var oldB *contract.Body
 	if p.Current != nil {
@@ -174,7 +183,7 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 		for _, v := range doc.Header.Volumes {
 			i := slices.IndexFunc(oldH.Volumes, func(o contract.Volume) bool { return o.Name == v.Name })
 			if i >= 0 && oldH.Volumes[i].Size != v.Size {
-				return nil, fmt.Errorf("volume %s has %d bytes and would have %d: a volume's size cannot change; make another volume and move the data", v.Name, oldH.Volumes[i].Size, v.Size)
+				return fmt.Errorf("volume %s has %d bytes and would have %d: a volume's size cannot change; make another volume and move the data", v.Name, oldH.Volumes[i].Size, v.Size)
 			}
 		}
 	}
@@ -187,7 +196,7 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 			}
 		}
 	}
-	return p, nil
+	return nil
 }
 
 // Progress tells what Submit is doing.

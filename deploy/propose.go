@@ -171,6 +171,15 @@ func (u *User) unseal(ctx context.Context, h *contract.Header, e *contract.Envel
 
 // body fetches a sealed body and opens it.
 func (u *User) body(ctx context.Context, h *contract.Header, keys *contract.Keys) (*contract.Body, error) {
+	sealed, err := u.SealedBody(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	return contract.Open(h, keys, sealed)
+}
+
+// SealedBody fetches the body of a revision as it is stored.
+func (u *User) SealedBody(ctx context.Context, h *contract.Header) ([]byte, error) {
 	r, _, err := u.Client.OpenBlob(ctx, h.SealedBody)
 	if err != nil {
 		return nil, fmt.Errorf("body of %v: %w", h.RevisionID(), err)
@@ -180,7 +189,7 @@ func (u *User) body(ctx context.Context, h *contract.Header, keys *contract.Keys
 	if err != nil {
 		return nil, fmt.Errorf("body of %v: %w", h.RevisionID(), err)
 	}
-	return contract.Open(h, keys, sealed)
+	return sealed, nil
 }
 
 // Consent gives the account's word to a proposal, which Review has shown. It says whether that was enough.

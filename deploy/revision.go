@@ -2,11 +2,14 @@ package deploy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
+	"holdfast/api"
 	"holdfast/contract"
 	"holdfast/ledger"
+	"holdfast/store"
 )
 
 // Revision finds a revision of a contract by its number, among those that the contract's record lists.
@@ -45,14 +48,55 @@ func (u *User) ProposeRollback(ctx context.Context, c *ledger.Contract, number i
 	if err := u.bindStore(ctx, doc, p.Current); err != nil {
 		return nil, fmt.Errorf("revision %d: %w", number, err)
 	}
-	for _, r := range doc.Header.Routes {
-		if err := u.CA.Permits(r.Host); err != nil {
-			return nil, fmt.Errorf("route %s: %w", r.Host, err)
+	p.Document = doc
+	for _, check := range []func() error{
+		func() error { return u.imagesKept(ctx, doc) }, func() error { return u.routesFree(ctx, c.ID, doc) }, func() error { return u.compare(p) },
+	} {
+		if err := check(); err != nil {
+			return nil, fmt.Errorf("revision %d: %w", number, err)
 		}
 	}
-	p.Document = doc
-	p.Plan = contract.Diff(p.Current.Header, p.Current.Body, &doc.Header, &doc.Body)
 	return p, nil
+}
+
+// imagesKept looks for the blobs of all images: nobody has the file any more that said where they came from.
+func (u *User) imagesKept(ctx context.Context, doc *contract.Document) error {
+	seen := map[[32]byte]bool{}
+	for i := range doc.Body.Services {
+		s := &doc.Body.Services[i]
+		for _, b := range s.Image.Blobs {
+			if seen[b.Sealed] {
+				continue
+			}
+			seen[b.Sealed] = true
+			ok, err := u.Client.HasBlob(ctx, store.Digest(b.Sealed))
+			if err != nil {
+				return err
+			}
+			if !ok {
+				return fmt.Errorf("service %s: the grid does not keep %s of image %s any more: deploy a file with that image", s.Name, b.Digest, s.Image.Reference)
+			}
+		}
+	}
+	return nil
+}
+
+// routesFree looks whether another contract has taken a host meanwhile.
+func (u *User) routesFree(ctx context.Context, id contract.ID, doc *contract.Document) error {
+	for _, r := range doc.Header.Routes {
+		if err := u.CA.Permits(r.Host); err != nil {
+			return fmt.Errorf("route %s: %w", r.Host, err)
+		}
+		have, err := api.Get[ledger.Route](ctx, u.Client, ledger.RouteKey(r.Host))
+		switch {
+		case errors.Is(err, ledger.ErrAbsent):
+		case err != nil:
+			return err
+		case have.Contract != id:
+			return fmt.Errorf("route %s belongs to another contract now", r.Host)
+		}
+	}
+	return nil
 }
 
 // Difference is what changed between two revisions of a contract; 0 is before the first.

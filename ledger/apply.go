@@ -46,6 +46,11 @@ func (s *State) authenticate(raw []byte, tx *Tx) (*signers, error) {
 	if tx.Grid != grid.ID {
 		return nil, fmt.Errorf("transaction is for %v, this is %v", tx.Grid, grid.ID)
 	}
+	return s.signers(tx)
+}
+
+// signers verifies the signatures by the keys of the actor.
+func (s *State) signers(tx *Tx) (_ *signers, err error) {
 	out := &signers{}
 	var keys []identity.PublicKey
 	switch {
@@ -126,6 +131,7 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 	} else if tx.Nonce != 0 || tx.Until != 0 || tx.Actor != (Actor{}) {
 		return nil, CodeInvalid, errors.New("an account's creation has no actor, no nonce and no last time")
 	}
+	id, told, _ := b.about().of(tx)
 	before := *b
 	err = b.execute(tx, who)
 	if open := new(unripe); errors.As(err, &open) {
@@ -138,6 +144,12 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 			return tx, CodeRefused, err
 		}
 		return nil, CodeRefused, err
+	}
+	if told {
+		if err := b.record(id, raw); err != nil {
+			return nil, CodeRefused, err
+		}
+		b.subject = id
 	}
 	return nil, CodeOK, nil
 }

@@ -29,6 +29,7 @@ type State struct {
 	sigs  *signatures
 	birth *Genesis        // the tree's genesis, kept at hand: it is read with every block and never changes
 	fleet []schedule.Node // the tree's nodes with the room that is left, kept at hand; never changed in place
+	told  []told          // of the block that made it, outside the tree
 }
 
 // clock is what the machine remembers of time. It is the same on every validator, but outside the Merkle tree: it
@@ -169,7 +170,8 @@ func Decode[T any](b []byte) (*T, error) {
 // batch is a State under change. It is a copy: what a failed transaction wrote is dropped with it.
 type batch struct {
 	State
-	height int64
+	height  int64
+	subject contract.ID // of the transaction that was executed, zero without one
 }
 
 func set[T any](b *batch, key string, v *T) { b.tree = b.tree.put(key, canonical.Encode(v)) }
@@ -198,6 +200,7 @@ func (s *State) Verify(raw []byte) error {
 // whoever kept it.
 func (s *State) Apply(blk Block) (*State, []Result) {
 	b := &batch{State: *s, height: blk.Height}
+	b.told = nil
 	now := blk.Time.UnixMilli()
 	results := make([]Result, len(blk.Txs))
 	for i, raw := range blk.Txs {
@@ -212,6 +215,9 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 			continue
 		}
 		b.tree, b.fleet = try.tree, try.fleet
+		if try.subject != (contract.ID{}) {
+			b.told = append(b.told, told{i, try.subject})
+		}
 	}
 	if g, err := b.Genesis(); err == nil {
 		lease := g.Lease.Milliseconds()

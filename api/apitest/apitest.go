@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -32,6 +33,8 @@ type Grid struct {
 	Blobs   string            // directory
 	Stored  <-chan error      // what became of each upload that reached the store
 	BlobMax int64             // bytes of one blob
+	Data    string            // directory of the validator, with its ledger
+	Stop    func()            // ends the validator before the test does
 }
 
 // Key is a key file made from one byte.
@@ -90,12 +93,13 @@ func Start(t testing.TB, edit func(*api.ValidatorConfig)) *Grid {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- v.Run(ctx) }()
-	t.Cleanup(func() {
+	g.Data, g.Stop = dir, sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("validator: %v", err)
 		}
 	})
+	t.Cleanup(g.Stop)
 	select {
 	case <-v.Ready():
 	case err := <-done:

@@ -39,6 +39,7 @@ func (a *app) contractCmd() *cobra.Command {
 			RunE: a.withUser(a.contractHistory),
 		},
 		a.contractDiffCmd(), a.contractRollbackCmd(),
+		a.contractExportCmd(), a.contractVerifyCmd(),
 		a.storePhraseCmd(),
 		a.contractProposalsCmd(), a.contractApproveCmd(), a.contractWithdrawCmd(),
 		a.contractStateCmd("pause", "Stop a contract's workloads, and keep all else", ledger.Paused, "pause", nil),

@@ -14,7 +14,7 @@ import (
 const oneValidator = "one validator: its operator could rewrite history"
 
 func (a *app) ledgerCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "ledger", Short: "Look at the ledger"})
+	cmd := group(&cobra.Command{Use: "ledger", Short: "Look at the ledger, and verify a copy of it"})
 	cmd.AddCommand(&cobra.Command{
 		Use: "show", Short: "Show the grid's ledger as this machine has verified it", Args: asUsed, Example: "  holdfast ledger show\n  holdfast ledger show --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -55,6 +55,7 @@ func (a *app) ledgerCmd() *cobra.Command {
 			return nil
 		},
 	})
+	cmd.AddCommand(a.ledgerVerifyCmd())
 	return cmd
 }
 

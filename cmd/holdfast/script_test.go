@@ -59,6 +59,7 @@ func TestMain(m *testing.M) {
 //	grid [DIR]                 a ledger that answers, with an account, as up leaves it in DIR (default $HOLDFAST_DIR)
 //	node NAME [REASON]         a node of that grid, which says of all that it is given that it runs, or why it fails
 //	machine VAR NAME OWNER     a machine that asks to become a node of a farm of the grid, the user or another; $VAR is its ID
+//	stop VAR                   ends that grid's validator; $VAR is its directory
 //	image DIR                  an OCI layout
 //	program FILE               a static program
 //	initramfs FILE [PATH]…     an initramfs with what an image has, and empty files
@@ -98,7 +99,7 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", c)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "until": repeat, "grid": startGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
+			"exits": exits, "until": repeat, "grid": startGrid, "stop": stopGrid, "node": startNode, "machine": startMachine, "image": writeImage, "initramfs": writeInitramfs, "program": writeProgram, "gateway": otherGateway, "seal-key": sealKey, "location": startLocation,
 			"port": freePort, "noise": writeNoise, "s3": askS3,
 			"recovery": recoveryKey, "loot": loot, "moment": now, "person": person, "fill": fill, "proposal": proposal, "registry": startRegistry, "template": templateRef,
 		},
@@ -214,6 +215,13 @@ func proposal(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Fatalf("nothing is proposed to %s", args[1])
 	}
 	ts.Setenv(args[0], all[0].ID)
+}
+
+func stopGrid(ts *testscript.TestScript, _ bool, args []string) {
+	found, _ := grids.Load(ts.Value("t"))
+	g := found.(*theGrid)
+	g.Stop()
+	ts.Setenv(args[0], g.Data)
 }
 
 func writeClient(ts *testscript.TestScript, dir string, c grid.Client) {

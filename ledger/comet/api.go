@@ -64,6 +64,7 @@ func (v *Validator) serve(ctx context.Context) error {
 	mux.Handle("POST "+pathWatch, s.handle(maxSmall, s.watch))
 	mux.Handle("POST "+pathTx, s.handle(MaxTx, s.tx))
 	mux.Handle("POST "+pathHeader, s.handle(maxSmall, s.header))
+	mux.Handle("POST "+pathArchive, s.handle(maxSmall+MaxKey, s.archive))
 	for pattern, h := range v.c.Handlers {
 		mux.Handle(pattern, h)
 	}

@@ -63,6 +63,7 @@ type app struct {
 	wellForm func([]byte) error
 	keep     int64
 	log      *slog.Logger
+	archive  archive
 
 	verified verified
 
@@ -82,14 +83,15 @@ type app struct {
 	nextAt    int64
 	nextSaid  []stored
 	nextTxs   [][32]byte
-	lastMoved int64 // height at which the root last changed, whether proven or not
+	nextRaw   [][]byte // all of the block
+	lastMoved int64    // height at which the root last changed, whether proven or not
 	lastRoot  [32]byte
 }
 
 func newApp(c *Config, disk *table, log *slog.Logger) (*app, error) {
 	a := &app{
 		genesis: c.Genesis, digest: c.Genesis.digest(), machine: c.Machine, disk: disk, extend: c.Extend,
-		wellForm: c.VerifyExtension, keep: int64(c.States), log: log,
+		wellForm: c.VerifyExtension, keep: int64(c.States), log: log, archive: newArchive(c, disk.disk),
 		keys: map[string]crypto.PubKey{}, peers: map[string]bool{},
 		changed: make(chan struct{}), wakes: 4, old: map[int64]State{}, proven: -1, waiting: map[[32]byte][]chan Committed{},
 	}
@@ -362,7 +364,7 @@ func (a *app) FinalizeBlock(_ context.Context, r *abci.RequestFinalizeBlock) (*a
 	if r.Height > 1 {
 		out.TxResults = append(out.TxResults, &abci.ExecTxResult{})
 	}
-	a.next, a.nextAt, a.nextSaid, a.nextTxs = next, r.Height, nil, nil
+	a.next, a.nextAt, a.nextSaid, a.nextTxs, a.nextRaw = next, r.Height, nil, nil, r.Txs
 	for i, res := range results {
 		res.Log = short(res.Log)
 		out.TxResults = append(out.TxResults, &abci.ExecTxResult{Code: res.Code, Log: res.Log})
@@ -415,6 +417,7 @@ func (a *app) Commit(context.Context, *abci.RequestCommit) (*abci.ResponseCommit
 			w.Set(oldKey(s.Height, h[:]), []byte{}))
 	}
 	err = errors.Join(err, w.Set([]byte(keyMeta), canonical.Encode(meta{Version: 1, Genesis: a.digest, Height: a.nextAt, Root: root})))
+	err = errors.Join(err, a.archive.keep(a.disk, w, a.next, a.nextAt, a.nextRaw, len(a.nextRaw)-len(a.nextTxs)))
 	if a.nextAt%pruneEvery == 0 {
 		err = errors.Join(err, a.pruneResults(w, a.nextAt-resultBlocks))
 	}

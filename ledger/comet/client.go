@@ -223,26 +223,32 @@ func (c *Client) ReadAt(ctx context.Context, minHeight int64, keys ...string) (V
 }
 
 func (c *Client) read(ctx context.Context, s *server, r readRequest) (View, error) {
+	v, _, _, err := c.prove(ctx, s, r)
+	return v, err
+}
+
+// prove is read, with the header and the proofs that it rests on.
+func (c *Client) prove(ctx context.Context, s *server, r readRequest) (View, *block, []entry, error) {
 	base := c.chain.trusted()
 	r.MinHeight = max(r.MinHeight, base.Height-1) // a server a block behind catches up while we wait
 	r.Validators = base.ValidatorsHash
 	var a readAnswer
 	if err := s.call(ctx, pathRead, canonical.Encode(r), maxAnswer, &a); err != nil {
-		return View{}, err
+		return View{}, nil, nil, err
 	}
 	b, err := c.accept(ctx, s, base, a.Head)
 	if err != nil {
-		return View{}, err
+		return View{}, nil, nil, err
 	}
 	v := View{Height: b.Height - 1, Time: b.Time, values: make(map[string][]byte, len(r.Keys))}
 	if v.Height < r.MinHeight {
-		return View{}, fmt.Errorf("%w: state of height %d, wanted %d", ErrRollback, v.Height, r.MinHeight)
+		return View{}, nil, nil, fmt.Errorf("%w: state of height %d, wanted %d", ErrRollback, v.Height, r.MinHeight)
 	}
 	if len(a.Entries) != len(r.Keys) {
-		return View{}, fmt.Errorf("%w: %d entries for %d keys", ErrProof, len(a.Entries), len(r.Keys))
+		return View{}, nil, nil, fmt.Errorf("%w: %d entries for %d keys", ErrProof, len(a.Entries), len(r.Keys))
 	}
 	if len(b.AppHash) != 32 {
-		return View{}, fmt.Errorf("%w: app hash of %d bytes", ErrProof, len(b.AppHash))
+		return View{}, nil, nil, fmt.Errorf("%w: app hash of %d bytes", ErrProof, len(b.AppHash))
 	}
 	for i, k := range r.Keys {
 		e := a.Entries[i]
@@ -251,11 +257,11 @@ func (c *Client) read(ctx context.Context, s *server, r readRequest) (View, erro
 			value = append([]byte{}, e.Value...)
 		}
 		if err := c.c.Verify([32]byte(b.AppHash), string(k), value, e.Proof); err != nil {
-			return View{}, fmt.Errorf("%w: key %q at height %d: %w", ErrProof, k, v.Height, err)
+			return View{}, nil, nil, fmt.Errorf("%w: key %q at height %d: %w", ErrProof, k, v.Height, err)
 		}
 		v.values[string(k)] = value
 	}
-	return v, nil
+	return v, b, a.Entries, nil
 }
 
 // accept verifies a head and that it is fresh.

@@ -138,7 +138,10 @@ type Config struct {
 	VerifyExtension func(data []byte) error   // whether another validator's extension is well formed; nil accepts all
 	Handlers        map[string]http.Handler   // further paths of the API, as http.ServeMux patterns
 	Conns           int                       // of strangers to the API; 0 means 1024
-	Known           func(client Pin) bool     // whose certificate has this key is no stranger and has a place of its own; nil knows nobody
-	States          int                       // old states kept for proofs; 0 means 64
-	Log             *slog.Logger              // nil discards
+	// Archive says under which names a transaction is kept for ever, with what shows that it is in the chain: that of an index
+	// in the block that made s. Nil keeps nothing, and the blocks of a while.
+	Archive func(s State, index int) []string
+	Known   func(client Pin) bool // whose certificate has this key is no stranger and has a place of its own; nil knows nobody
+	States  int                   // old states kept for proofs; 0 means 64
+	Log     *slog.Logger          // nil discards
 }

@@ -59,6 +59,17 @@ func openDisk(dir string, log *slog.Logger) (*disk, error) {
 	return d, nil
 }
 
+// openDiskToRead opens a database that nobody has open, and writes nothing.
+func openDiskToRead(dir string) (*disk, error) {
+	db, err := pebble.Open(dir, &pebble.Options{ReadOnly: true, FormatMajorVersion: pebble.FormatNewest, ErrorIfNotExists: true, Logger: pebbleLog{slog.New(slog.DiscardHandler)}})
+	if err != nil {
+		return nil, fmt.Errorf("open database %s: %w", dir, err)
+	}
+	d := &disk{db: db}
+	d.idle.L = &d.mu
+	return d, nil
+}
+
 func (d *disk) enter() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -28,7 +28,8 @@ type chain struct {
 	name   string
 	drift  time.Duration
 	period time.Duration
-	store  TrustStore // may be nil
+	store  TrustStore          // may be nil
+	first  *types.ValidatorSet // of the genesis
 
 	mu    sync.Mutex
 	top   *block
@@ -57,7 +58,7 @@ func newChain(g *Genesis, c *ClientConfig) (*chain, error) {
 		return nil, err
 	}
 	ch := &chain{name: g.Chain, drift: or(c.MaxClockDrift, 10*time.Second), period: or(c.TrustPeriod, forever),
-		store: c.Trust, seen: map[int64]string{}}
+		store: c.Trust, first: set, seen: map[int64]string{}}
 	ch.top = &block{set: set, SignedHeader: &types.SignedHeader{Header: &types.Header{
 		ChainID: g.Chain, Height: 0, Time: g.Time.UTC().Truncate(time.Millisecond).Add(-time.Millisecond),
 		ValidatorsHash: set.Hash(), NextValidatorsHash: set.Hash(),
