@@ -111,6 +111,23 @@ type table struct {
 	prefix []byte
 }
 
+// lateTable is a table for CometBFT, whose block store panics on every error. Some of its goroutines go on for a moment after it
+// has stopped and said so: what they ask a closed database for is not there.
+type lateTable struct{ *table }
+
+func (t lateTable) Get(k []byte) ([]byte, error) {
+	v, err := t.table.Get(k)
+	if errors.Is(err, errClosed) {
+		return nil, nil
+	}
+	return v, err
+}
+
+func (t lateTable) Has(k []byte) (bool, error) {
+	v, err := t.Get(k)
+	return v != nil, err
+}
+
 func (t *table) key(k []byte) []byte {
 	out := make([]byte, 0, len(t.prefix)+len(k))
 	return append(append(out, t.prefix...), k...)

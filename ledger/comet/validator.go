@@ -126,11 +126,11 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 	tables := func(c *cfg.DBContext) (dbm.DB, error) {
 		switch c.ID {
 		case "blockstore":
-			return d.table(tableBlocks), nil
+			return lateTable{d.table(tableBlocks)}, nil
 		case "state":
-			return d.table(tableState), nil
+			return lateTable{d.table(tableState)}, nil
 		case "evidence":
-			return d.table(tableEvidence), nil
+			return lateTable{d.table(tableEvidence)}, nil
 		}
 		return nil, fmt.Errorf("no table for %q", c.ID)
 	}
