@@ -259,12 +259,26 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	if n < len(p) {
 		return 0, fmt.Errorf("read at %d: %w", off, errors.Join(err, io.ErrUnexpectedEOF))
 	}
+	d.decrypt(p, off)
+	return n, nil
+}
+
+func (d *disk) decrypt(p []byte, off int64) {
 	each(p, func(s []byte, i int64) {
 		if !bytes.Equal(s, zero[:]) {
 			d.c.Decrypt(s, s, uint64(off/Sector+i))
 		}
 	})
-	return n, nil
+}
+
+// isZero reports whether whole sectors are all zero.
+func isZero(p []byte) bool {
+	for ; len(p) > 0; p = p[Sector:] {
+		if !bytes.Equal(p[:Sector], zero[:]) {
+			return false
+		}
+	}
+	return true
 }
 
 // buffers hold ciphertext on its way to the disk.
