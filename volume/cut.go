@@ -43,6 +43,12 @@ type cut struct {
 
 // begin takes a cut. It is of what may differ from one of the bases that are known here, or else of everything.
 func (t *tracked) begin(from CutID) (*cut, error) {
+	t.gate.RLock()
+	busy := t.cut != nil
+	t.gate.RUnlock()
+	if busy { // asked again below, when nothing can come in between
+		return nil, ErrBusy
+	}
 	c := &cut{t: t, id: newCutID(), slots: map[int]int{}}
 	if err := t.record(c.id); err != nil {
 		return nil, err
