@@ -836,3 +836,169 @@ func FuzzTrack(f *testing.F) {
 		}
 	})
 }
+
+// syncedWrites overwrites random blocks of a file, each for good, until stop, and returns how long each took, in order of time.
+func syncedWrites(f *os.File, size int64, stop chan struct{}) (took []time.Duration, err error) {
+	b := make([]byte, Sector)
+	rnd := rand.New(rand.NewPCG(7, uint64(size)))
+	for {
+		select {
+		case <-stop:
+			slices.Sort(took)
+			return took, nil
+		default:
+		}
+		rand.NewChaCha8([32]byte{byte(len(took))}).Read(b)
+		begin := time.Now()
+		if _, err := f.WriteAt(b, rnd.Int64N(size/Sector)*Sector); err != nil {
+			return nil, err
+		}
+		if err := unix.Fdatasync(int(f.Fd())); err != nil {
+			return nil, err
+		}
+		took = append(took, time.Since(begin))
+	}
+}
+
+// TestWritesGoOnDuringASnapshot measures the longest synced write of a busy volume, without snapshots and with one after
+// the other. The aim is 200 ms; the bound is for machines that others use.
+func TestWritesGoOnDuringASnapshot(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	s.Size = 256 << 20
+	dir := open(t, m, s)
+	const size = 96 << 20
+	f, err := os.Create(filepath.Join(dir, "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, size)
+	rand.NewChaCha8([32]byte{3}).Read(b)
+	if _, err := f.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	measure := func(during func()) []time.Duration {
+		stop := make(chan struct{})
+		var took []time.Duration
+		var all sync.WaitGroup
+		all.Go(func() {
+			var err error
+			if took, err = syncedWrites(f, size, stop); err != nil {
+				t.Error(err)
+			}
+		})
+		during()
+		close(stop)
+		all.Wait()
+		return took
+	}
+	quiet := measure(func() { time.Sleep(2 * time.Second) })
+	n, extents := 0, 0
+	busy := measure(func() {
+		for end := time.Now().Add(2 * time.Second); time.Now().Before(end) || n < 2; n++ {
+			extents += snap(t, m, s, p, Writer{Epoch: 1}).Extents
+		}
+	})
+	if len(quiet) == 0 || len(busy) == 0 {
+		t.Fatal("nothing was written")
+	}
+	for name, x := range map[string][]time.Duration{"without snapshots": quiet, fmt.Sprintf("during %d snapshots of %d extents", n, extents): busy} {
+		t.Logf("%s: %d writes, half within %v, 99 %% within %v, the longest %v", name, len(x), x[len(x)/2], x[len(x)*99/100], x[len(x)-1])
+	}
+	if d := busy[len(busy)-1]; d > 3*time.Second {
+		t.Errorf("a write took %v", d)
+	}
+}
+
+func BenchmarkSnapshot(b *testing.B) {
+	m, s := manager(b), spec("v")
+	s.Size = 1 << 30
+	dir := open(b, m, s)
+	const size = 800 << 20
+	f, err := os.Create(filepath.Join(dir, "f"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	src := rand.NewChaCha8([32]byte{3})
+	buf := make([]byte, 1<<20)
+	for i := range int64(size >> 20) {
+		src.Read(buf)
+		if _, err := f.WriteAt(buf, i<<20); err != nil {
+			b.Fatal(err)
+		}
+	}
+	p := newShelf()
+	b.Run("all of 1 GiB", func(b *testing.B) {
+		b.SetBytes(1 << 30)
+		for b.Loop() {
+			p = newShelf()
+			x := snap(b, m, s, p, Writer{Epoch: 1, Flush: true, Moved: true})
+			b.ReportMetric(float64(x.Put)/1e6, "MB-put")
+		}
+	})
+	for name, run := range map[string]int64{"1 % in runs of 1 MiB": 1 << 20, "1 % in blocks of 4 KiB": 4096, "1 % in blocks of 64 KiB": 64 << 10} {
+		b.Run(name, func(b *testing.B) {
+			rnd := rand.New(rand.NewPCG(1, 1))
+			var total Taken
+			for n := 1; b.Loop(); n++ {
+				b.StopTimer()
+				for range (8 << 20) / run {
+					src.Read(buf[:run])
+					if _, err := f.WriteAt(buf[:run], rnd.Int64N(size/run)*run); err != nil {
+						b.Fatal(err)
+					}
+				}
+				if err := flush(dir); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				x := snap(b, m, s, p, Writer{Epoch: 1})
+				total.Extents, total.Put = total.Extents+x.Extents, total.Put+x.Put
+				b.ReportMetric(float64(total.Extents)/float64(n), "extents")
+				b.ReportMetric(float64(total.Put)/1e6/float64(n), "MB-put")
+			}
+		})
+	}
+	if err := f.Close(); err != nil {
+		b.Fatal(err)
+	}
+	snap(b, m, s, p, Writer{Epoch: 1, Flush: true})
+	if err := m.Close(b.Context(), s.ID); err != nil {
+		b.Fatal(err)
+	}
+	plain := filepath.Join(b.TempDir(), "copy")
+	b.Run("copy of the image", func(b *testing.B) {
+		b.SetBytes(size)
+		for b.Loop() {
+			from, err := os.Open(m.image(s.ID))
+			if err != nil {
+				b.Fatal(err)
+			}
+			to, err := os.Create(plain)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, buf); err != nil {
+				b.Fatal(err)
+			}
+			if err := errors.Join(to.Sync(), to.Close(), from.Close(), os.Remove(plain)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("restore", func(b *testing.B) {
+		b.SetBytes(size)
+		for b.Loop() {
+			if err := m.Destroy(b.Context(), s.ID); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := m.Restore(b.Context(), s, p, From{Epoch: 1}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
