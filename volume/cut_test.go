@@ -349,6 +349,113 @@ func TestACutIsTheDiskAtOneMoment(t *testing.T) {
 	}
 }
 
+// TestNoChangeSlipsBetweenTwoCuts takes one cut after the other while every extent is written once. What the cuts gave is in
+// the end what is on the disk: no change was under way when a cut began and belongs to neither it nor the next.
+func TestNoChangeSlipsBetweenTwoCuts(t *testing.T) {
+	dir := t.TempDir()
+	p := filepath.Join(dir, "v.img")
+	if err := createImage(p, "v", 1<<30, [32]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	d := rawDisk(t, dir, 1<<30)
+	n := int(d.size / Extent)
+	replica := make([]uint64, n) // first bytes of each extent
+	b := make([]byte, Extent)
+	var from CutID
+	cuts := 0
+	take := func() {
+		c, err := d.begin(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			i, zero, err := c.next(b)
+			if errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			if replica[i] = 0; !zero {
+				replica[i] = binary.LittleEndian.Uint64(b)
+			}
+		}
+		cuts++
+		from = c.id
+		if err := c.done(uint64(cuts)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	take()
+	order := rand.New(rand.NewPCG(8, 8)).Perm(n)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			b := make([]byte, Extent)
+			for {
+				k := next.Add(1) - 1
+				if k >= int64(n) {
+					return
+				}
+				i := order[k]
+				binary.LittleEndian.PutUint64(b, uint64(i+1))
+				if _, err := d.WriteAt(b[:Sector<<(k%7)], int64(i)*Extent); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for next.Load() < int64(n) {
+		take()
+	}
+	all.Wait()
+	take()
+	for i := range n {
+		if replica[i] != uint64(i+1) {
+			t.Fatalf("extent %d: the cuts have %d", i, replica[i])
+		}
+	}
+	if t.Logf("%d cuts", cuts); cuts < 5 {
+		t.Error("the test tests little")
+	}
+}
+
+// TestACutWaitsForWhatIsUnderWay holds a change up in its middle: it would belong to neither side.
+func TestACutWaitsForWhatIsUnderWay(t *testing.T) {
+	d := rawDisk(t, t.TempDir(), 1<<20)
+	in, release := make(chan bool), make(chan bool)
+	changed := make(chan error, 1)
+	go func() {
+		changed <- d.change(0, Sector, func() error {
+			close(in)
+			<-release
+			_, err := d.disk.WriteAt(bytes.Repeat([]byte{7}, Sector), 0)
+			return err
+		})
+	}()
+	<-in
+	began := make(chan *cut, 1)
+	go func() {
+		c, err := d.begin(CutID{})
+		if err != nil {
+			t.Error(err)
+		}
+		began <- c
+	}()
+	select {
+	case <-began:
+		t.Fatal("a cut began within a change")
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	c := <-began
+	b := make([]byte, Extent)
+	if i, _, err := c.next(b); err != nil || i != 0 || b[0] != 7 || <-changed != nil {
+		t.Errorf("extent %d begins with %d: %v", i, b[0], err)
+	}
+}
+
 // TestOnlyWhatChangedIsRead counts.
 func TestOnlyWhatChangedIsRead(t *testing.T) {
 	dir := t.TempDir()
@@ -400,8 +507,19 @@ func TestOnlyWhatChangedIsRead(t *testing.T) {
 	if err := c.abort(); err != nil {
 		t.Fatal(err)
 	}
+	// Its snapshot may have got to its place all the same, and is what the next one follows, whoever died in between.
+	unheard := c.id
+	if c, err = d.begin(unheard); err != nil || c.full || drain(c) != 3 {
+		t.Errorf("a cut from one whose end was not heard of: %v", err)
+	}
 	d.crash()
 	d = rawDisk(t, dir, 64<<20)
+	if c, err = d.begin(unheard); err != nil || c.full || drain(c) != 3 {
+		t.Errorf("... after a crash: %v", err)
+	}
+	if err := c.abort(); err != nil {
+		t.Fatal(err)
+	}
 	write(100)
 	d.crash()
 	d = rawDisk(t, dir, 64<<20)

@@ -413,6 +413,10 @@ func TestRestoreChecksEverything(t *testing.T) {
 	}
 	refused("swapped extents", p, From{Epoch: 3}, x, ErrSnapshot)
 
+	p = good.copy() // and one good manifest in the place of another
+	p.data[second.Digest.place()] = p.data[first.Digest.place()]
+	refused("swapped manifests", p, From{Epoch: 3}, second.Digest.String(), ErrSnapshot)
+
 	p = good.copy() // an older manifest, which is whole
 	p.newest = first.Digest.place()
 	refused("an old manifest", p, From{Epoch: 3, Floor: second.Snapshot}, "", ErrRolledBack)
@@ -467,6 +471,31 @@ func TestRestoreChecksEverything(t *testing.T) {
 	wrong.Key[5]++
 	if _, err := m.Snapshot(t.Context(), wrong, newShelf(), Writer{Epoch: 4, Moved: true}); !errors.Is(err, ErrKey) {
 		t.Errorf("sealed with another key: %v", err)
+	}
+}
+
+// TestANewImageIsNotAsCleanAsTheOneBefore: the image is gone, and what is said of it is not.
+func TestANewImageIsNotAsCleanAsTheOneBefore(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	open(t, m, s)
+	snap(t, m, s, p, Writer{Epoch: 1, Flush: true})
+	r, err := readReport(m.run(s.ID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(r.PID, unix.SIGKILL)
+	for alive(m.run(s.ID)) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if n, err := os.Stat(tracking(m.image(s.ID))); err != nil || n.Size() == 0 {
+		t.Fatalf("control: %v", err)
+	}
+	if err := os.Remove(m.image(s.ID)); err != nil {
+		t.Fatal(err)
+	}
+	open(t, m, s)
+	if n, err := m.Dirty(t.Context(), s.ID); err != nil || n != 64<<20 {
+		t.Errorf("%d bytes are dirty: %v", n, err)
 	}
 }
 
@@ -791,6 +820,53 @@ func TestSnapshotFormatIsFrozen(t *testing.T) {
 		if !bytes.Contains(doc, []byte("| "+name+" | `"+got+"` |")) {
 			t.Errorf("| %s | `%s` | is not in the document", name, got)
 		}
+	}
+}
+
+func TestWhatIsZeroStaysAHole(t *testing.T) {
+	d := rawDisk(t, t.TempDir(), 1<<20)
+	takes := func() int64 {
+		var st unix.Stat_t
+		if err := errors.Join(d.Sync(), unix.Fstat(int(d.disk.f.Fd()), &st)); err != nil {
+			t.Fatal(err)
+		}
+		return st.Blocks * 512
+	}
+	if err := d.disk.Discard(0, d.size); err != nil {
+		t.Fatal(err)
+	}
+	before := takes()
+	want := make([]byte, Extent)
+	for i := 0; i < Extent; i += 2 * Sector {
+		want[i] = 1
+	}
+	if err := d.fill(bytes.Clone(want), 8*Extent); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, Extent)
+	if _, err := d.ReadAt(got, 8*Extent); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("it reads otherwise: %v", err)
+	}
+	if n := takes() - before; n > Extent*3/4 {
+		t.Errorf("half of %d bytes take %d", Extent, n)
+	}
+}
+
+// TestANameIsOfItsContent: not even who has the key puts other bytes under a name.
+func TestANameIsOfItsContent(t *testing.T) {
+	k, _, extent := frozen()
+	x := k.nameOf(kindExtent, extent)
+	other := bytes.Clone(extent)
+	other[77]++
+	if _, err := k.openPiece(kindExtent, x, k.sealPiece(kindExtent, x, other), Extent); !errors.Is(err, ErrSnapshot) {
+		t.Errorf("other bytes under a name: %v", err)
+	}
+	if _, err := k.openPiece(kindExtent, x, k.sealPiece(kindExtent, x, extent), Extent); err != nil {
+		t.Errorf("control: %v", err)
+	}
+	p := k.nameOf(kindPage, extent)
+	if _, err := k.openPiece(kindExtent, p, k.sealPiece(kindPage, p, extent), Extent); !errors.Is(err, ErrSnapshot) || p == x {
+		t.Errorf("a page as an extent: %v", err)
 	}
 }
 
