@@ -99,7 +99,7 @@ func TestNoWriteComesBeforeItsMark(t *testing.T) {
 	}
 	var open *cut
 	exact := 0
-	for step := range 1500 {
+	for step := range 800 {
 		switch k := rnd.IntN(10); {
 		case k < 7:
 			off := rnd.Int64N(d.size/Sector) * Sector
@@ -146,7 +146,7 @@ func TestNoWriteComesBeforeItsMark(t *testing.T) {
 		}
 	}
 	if exact < 100 {
-		t.Errorf("the file knew something in %d of 1500 steps: the test tests little", exact)
+		t.Errorf("the file knew something in %d of 800 steps: the test tests little", exact)
 	}
 }
 
@@ -241,7 +241,7 @@ func TestACutIsTheDiskAtOneMoment(t *testing.T) {
 	var pause time.Duration
 	copied, read, partial := 0, 0, 0
 	rnd := rand.New(rand.NewPCG(3, 4))
-	rounds := 30
+	rounds := 16
 	if testing.Short() {
 		rounds = 8
 	}

@@ -431,6 +431,11 @@ func (m *Manager) restore(ctx context.Context, s Spec, p Place, f From) (Snapsho
 	}
 	// The volume's lock keeps others from making an image at the same time, and Sweep from removing this one.
 	run := m.run(s.ID)
+	if !alive(run) {
+		if err := m.clean(s.ID); err != nil { // what a dead server left, a mount too
+			return Snapshot{}, err
+		}
+	}
 	for _, d := range []string{m.cfg.Dir, run} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return Snapshot{}, err

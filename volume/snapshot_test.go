@@ -189,7 +189,7 @@ func TestSnapshotsOfABusyVolume(t *testing.T) {
 	acked := map[string][32]byte{} // synced, and its directory; never changed afterwards
 	var worst atomic.Int64
 	kills, taken := 0, 0
-	rounds := 12
+	rounds := 9
 	if testing.Short() {
 		rounds = 4
 	}
@@ -594,6 +594,89 @@ type lostAnswer struct{ *shelf }
 
 func (p *lostAnswer) Commit(ctx context.Context, epoch uint64, old, new string) error {
 	return errors.Join(p.shelf.Commit(ctx, epoch, old, new), io.ErrUnexpectedEOF)
+}
+
+// TestCloseEndsASnapshot does not wait for a slow place, and what was under way is taken up by the next.
+func TestCloseEndsASnapshot(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	dir := open(t, m, s)
+	b := make([]byte, 8<<20)
+	rand.NewChaCha8([32]byte{4}).Read(b)
+	if err := writeSynced(dir, "f", b); err != nil {
+		t.Fatal(err)
+	}
+	p.slow = 50 * time.Millisecond
+	started, once := make(chan bool), sync.Once{}
+	p.before = func(op, name string) error {
+		once.Do(func() { close(started) })
+		return nil
+	}
+	failed := make(chan error, 1)
+	go func() {
+		_, err := m.Snapshot(context.Background(), s, p, Writer{Epoch: 1})
+		failed <- err
+	}()
+	<-started
+	begin := time.Now()
+	if err := m.Close(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("it took %v to close", took)
+	}
+	if err := <-failed; err == nil || p.newest != "" {
+		t.Errorf("a snapshot that was cut off: %q %v", p.newest, err)
+	}
+	p.slow, s.Create = 0, false
+	open(t, m, s)
+	puts := p.puts
+	x := snap(t, m, s, p, Writer{Epoch: 1, Flush: true})
+	if err := m.Close(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	if again := p.puts - puts; puts == 0 || again >= 40 {
+		t.Errorf("%d pieces were put, and then %d: nothing was used again", puts, again)
+	}
+	if _, err := Verify(t.Context(), s, p, From{Digest: x.Digest}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRestoreClearsAway what a dead server left where the volume was mounted, and touches nothing of one that lives.
+func TestRestoreClearsAway(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	dir := open(t, m, s)
+	if err := writeSynced(dir, "f", []byte("data")); err != nil {
+		t.Fatal(err)
+	}
+	snap(t, m, s, p, Writer{Epoch: 1})
+	if err := os.Rename(m.image(s.ID), m.image("aside")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Restore(t.Context(), s, p, From{Epoch: 1}); err == nil {
+		t.Error("it restored what is open")
+	}
+	if _, err := os.ReadFile(filepath.Join(dir, "f")); err != nil {
+		t.Errorf("an open volume: %v", err)
+	}
+	r, err := readReport(m.run(s.ID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Kill(r.PID, unix.SIGKILL)
+	for alive(m.run(s.ID)) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	if _, err := m.Restore(t.Context(), s, p, From{Epoch: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if b, _ := os.ReadFile("/proc/self/mountinfo"); bytes.Contains(b, []byte(m.cfg.Run)) {
+		t.Error("a mount is left")
+	}
+	s.Create = false
+	if b, err := os.ReadFile(filepath.Join(open(t, m, s), "f")); err != nil || string(b) != "data" {
+		t.Errorf("%q %v", b, err)
+	}
 }
 
 // TestCollectKeepsWhatIsNeeded removes what nobody needs, and nothing when it does not know.

@@ -185,11 +185,12 @@ type tracked struct {
 	gate sync.RWMutex
 	cut  *cut // under gate
 
-	mu    sync.Mutex // short
-	dirty set        // since the base, or since the cut while there is one
-	saved []bool     // by region: the file says that it is dirty
-	base  base
-	cuts  []CutID // of which dirty, with what a cut holds, is a superset too
+	mu     sync.Mutex // short
+	dirty  set        // since the base, or since the cut while there is one
+	saved  []bool     // by region: the file says that it is dirty; changed under file, too
+	wanted []bool     // by region: it shall say so
+	base   base
+	cuts   []CutID // of which dirty, with what a cut holds, is a superset too
 
 	file sync.Mutex // the tracking file is being changed; before mu
 	f    interface {
@@ -205,7 +206,7 @@ type tracked struct {
 // track opens the tracking file of an image, or begins one that says that everything is dirty.
 func track(d *disk, path, id string, copies int64) (*tracked, error) {
 	n := int(d.size / Extent)
-	t := &tracked{disk: d, id: sha256.Sum256([]byte(id)), copy: copies, dirty: newSet(n), saved: make([]bool, regions(n))}
+	t := &tracked{disk: d, id: sha256.Sum256([]byte(id)), copy: copies, dirty: newSet(n), saved: make([]bool, regions(n)), wanted: make([]bool, regions(n))}
 	h, err := readTrack(path, t.id, d)
 	switch {
 	case err == nil:
@@ -296,16 +297,13 @@ func writeTrack(path string, h *half) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	return errors.Join(err, f.Sync(), f.Close(), rename(path+".new", path, err))
-}
-
-// rename moves a file and makes that last, if nothing went wrong before.
-func rename(from, to string, before error) error {
-	if before != nil {
-		return nil
+	if _, err = f.Write(b); err == nil {
+		err = f.Sync()
 	}
-	return errors.Join(os.Rename(from, to), syncDir(filepath.Dir(to)))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(path+".new", path), syncDir(filepath.Dir(path)))
 }
 
 func syncDir(dir string) error {
@@ -384,25 +382,41 @@ func putCut(b []byte, id CutID, generation uint64) {
 	copy(b[16:trackCut], cutCheck(id, generation))
 }
 
-// mark puts extents into the set, and their regions into the file.
+// mark puts extents into the set, and their regions into the file. One sync does for all who wait for the one before.
 func (t *tracked) mark(a, b int) error {
 	if t.marked(a, b) {
 		return nil
 	}
+	t.mu.Lock()
+	for r := a / region; r <= (b-1)/region; r++ {
+		t.wanted[r] = true
+	}
+	t.mu.Unlock()
 	t.file.Lock()
 	defer t.file.Unlock()
+	if t.marked(a, b) {
+		return nil
+	}
 	if t.broken != nil {
 		return t.broken
 	}
-	from, to := a/region, (b-1)/region+1
-	if err := t.put(bytes.Repeat([]byte{markDirty}, to-from), t.at()+int64(marksAt()+from)); err != nil {
+	t.mu.Lock()
+	next, raw := slices.Clone(t.saved), make([]byte, len(t.saved))
+	for r := range next {
+		if next[r] = next[r] || t.wanted[r]; next[r] {
+			raw[r] = markDirty
+		} else {
+			raw[r] = markClean
+		}
+	}
+	clear(t.wanted)
+	t.mu.Unlock()
+	if err := t.put(raw, t.at()+int64(marksAt())); err != nil {
 		return err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for r := from; r < to; r++ {
-		t.saved[r] = true
-	}
+	t.saved = next // only who has t.file changes it
 	return nil
 }
 
