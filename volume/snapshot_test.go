@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -642,6 +643,127 @@ func TestCloseEndsASnapshot(t *testing.T) {
 	}
 }
 
+// TestASnapshotThatFallsBehindSaysSo: the workload does not wait for a slow place.
+func TestASnapshotThatFallsBehindSaysSo(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	m.cfg.Copies = Extent
+	dir := open(t, m, s)
+	b := make([]byte, 16<<20)
+	src := rand.NewChaCha8([32]byte{5})
+	src.Read(b)
+	if err := writeSynced(dir, "f", b); err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	p.before = func(op, name string) (err error) {
+		once.Do(func() { // nothing of the cut but a few extents is read
+			src.Read(b)
+			begin := time.Now()
+			var f *os.File
+			if f, err = os.OpenFile(filepath.Join(dir, "f"), os.O_WRONLY, 0); err == nil {
+				_, err = f.Write(b) // in place
+				err = errors.Join(err, f.Sync(), f.Close())
+			}
+			t.Logf("16 MiB were written in %v", time.Since(begin))
+		})
+		return err
+	}
+	if _, err := m.Snapshot(t.Context(), s, p, Writer{Epoch: 1}); !errors.Is(err, ErrBehind) || p.newest != "" {
+		t.Errorf("%v; the newest is %q", err, p.newest)
+	}
+	p.before = nil
+	x := snap(t, m, s, p, Writer{Epoch: 1, Flush: true})
+	if err := m.Destroy(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Restore(t.Context(), s, p, From{Epoch: 1, Digest: x.Digest}); err != nil {
+		t.Fatal(err)
+	}
+	s.Create = false
+	if got, err := os.ReadFile(filepath.Join(open(t, m, s), "f")); err != nil || !bytes.Equal(got, b) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// TestMemory holds a few extents of a large snapshot at a time. The place is on disk.
+func TestMemory(t *testing.T) {
+	m, s := manager(t), spec("v")
+	s.Size = 256 << 20
+	dir := open(t, m, s)
+	b := make([]byte, 1<<20)
+	f, err := os.Create(filepath.Join(dir, "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	src := rand.NewChaCha8([32]byte{6})
+	for range 160 {
+		src.Read(b)
+		if _, err := f.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p := &onDisk{newShelf(), t.TempDir()}
+	peak := func(do func()) uint64 {
+		runtime.GC()
+		stop, done := make(chan bool), make(chan uint64)
+		go func() {
+			most := uint64(0)
+			var st runtime.MemStats
+			for {
+				select {
+				case <-stop:
+					done <- most
+					return
+				case <-time.After(time.Millisecond):
+					runtime.ReadMemStats(&st)
+					most = max(most, st.HeapAlloc)
+				}
+			}
+		}()
+		do()
+		close(stop)
+		return <-done
+	}
+	take := peak(func() {
+		if x := snap(t, m, s, p, Writer{Epoch: 1, Flush: true}); x.Put < 160<<20 {
+			t.Errorf("%d bytes were put", x.Put)
+		}
+	})
+	if err := m.Destroy(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	restore := peak(func() {
+		if _, err := m.Restore(t.Context(), s, p, From{Epoch: 1}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Logf("160 MiB with at most %d MiB to take and %d MiB to restore", take>>20, restore>>20)
+	if max(take, restore) > 48<<20 {
+		t.Error("that is too much")
+	}
+}
+
+// onDisk is a shelf whose bytes are files.
+type onDisk struct {
+	*shelf
+	dir string
+}
+
+func (p *onDisk) Put(_ context.Context, name string, data []byte) error {
+	return os.WriteFile(filepath.Join(p.dir, name), data, 0o600)
+}
+
+func (p *onDisk) Get(_ context.Context, name string, limit int) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(p.dir, name))
+	if err == nil && len(b) > limit {
+		err = errors.New("too long")
+	}
+	return b, err
+}
+
 // TestRestoreClearsAway what a dead server left where the volume was mounted, and touches nothing of one that lives.
 func TestRestoreClearsAway(t *testing.T) {
 	m, s, p := manager(t), spec("v"), newShelf()
@@ -967,7 +1089,8 @@ func FuzzManifest(f *testing.F) {
 func FuzzSealed(f *testing.F) {
 	k, m, extent := frozen()
 	x := k.nameOf(kindExtent, extent)
-	sealed, d := m.seal(k)
+	// A salt of its own would be another one in each process of the fuzzer.
+	sealed, d := m.sealWith(k, append(head(kindManifest), bytes.Repeat([]byte{4}, saltSize)...))
 	f.Add(sealed)
 	f.Add(k.sealPiece(kindExtent, x, extent))
 	f.Fuzz(func(t *testing.T, b []byte) {
