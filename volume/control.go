@@ -292,6 +292,9 @@ func (a *asked) close() {
 	a.conn.Close()
 }
 
+// gone is the error of a connection that ended too early. It is no io.EOF, which would be the end of a cut.
+func gone(err error) error { return fmt.Errorf("the volume's server went away: %v", err) }
+
 func (a *asked) say(q request) (answer, error) {
 	if err := json.NewEncoder(a.conn).Encode(q); err != nil {
 		return answer{}, err
@@ -302,7 +305,7 @@ func (a *asked) say(q request) (answer, error) {
 func (a *asked) answer() (answer, error) {
 	var x answer
 	if err := readLine(a.r, &x); err != nil {
-		return x, fmt.Errorf("the volume's server went away: %w", err)
+		return x, gone(err)
 	}
 	return x, x.err()
 }
@@ -311,7 +314,7 @@ func (a *asked) answer() (answer, error) {
 func (a *asked) next(b []byte) (i int, zero bool, err error) {
 	var n [4]byte
 	if _, err := io.ReadFull(a.r, n[:]); err != nil {
-		return 0, false, fmt.Errorf("the volume's server went away: %w", err)
+		return 0, false, gone(err)
 	}
 	u := binary.LittleEndian.Uint32(n[:])
 	if u == endOfCut {
@@ -327,7 +330,7 @@ func (a *asked) next(b []byte) (i int, zero bool, err error) {
 		return i, true, nil
 	}
 	if _, err := io.ReadFull(a.r, b[:Extent]); err != nil {
-		return 0, false, fmt.Errorf("the volume's server went away: %w", err)
+		return 0, false, gone(err)
 	}
 	return i, false, nil
 }

@@ -28,7 +28,7 @@ var (
 
 // Place is where the snapshots of one volume lie. It sees sealed bytes and names that say nothing, and is not trusted: what
 // it answers is checked. What it must do for nothing to be lost is what each method says. A call that returned an error may
-// have had its effect, but has none later on. Absent is fs.ErrNotExist.
+// have had its effect, but has none later on. Absent is fs.ErrNotExist. Package placetest tries what each says.
 type Place interface {
 	// Put keeps data under a name when it returns. The same name comes with the same data only.
 	Put(ctx context.Context, name string, data []byte) error
@@ -53,6 +53,7 @@ type Writer struct {
 	Floor Snapshot  // the newest that is known from elsewhere; the place must have it or a later one. Zero: none is known
 	Flush bool      // write out first what the file system holds: for a volume whose workload has ended
 	Moved bool      // the place is another than before: it may know less than the volume does
+	Full  bool      // read everything and put what is not there: when Verify found something missing
 }
 
 // Taken is a snapshot that is at its place.
@@ -179,7 +180,7 @@ func (m *Manager) snapshot(ctx context.Context, s Spec, p Place, w Writer) (Take
 	// The parent's pages are where an incremental snapshot begins. Without one of them everything is read again.
 	var from CutID
 	var before []page
-	if parent != nil {
+	if parent != nil && !w.Full {
 		from = parent.cut
 		for i := range parent.pages {
 			pg, err := parent.page(ctx, p, k, i)
@@ -454,6 +455,9 @@ func (m *Manager) restore(ctx context.Context, s Spec, p Place, f From) (Snapsho
 		return Snapshot{}, fmt.Errorf("epoch %d: %w", f.Epoch, err)
 	}
 	man, digest, err := pick(ctx, p, k, f)
+	if err == nil {
+		err = superseded(man, f.Epoch)
+	}
 	if err != nil {
 		return Snapshot{}, err
 	}

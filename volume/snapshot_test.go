@@ -1,9 +1,11 @@
 package volume
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -12,6 +14,7 @@ import (
 	"iter"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -552,6 +555,11 @@ func TestTwoWriters(t *testing.T) {
 			t.Errorf("an older epoch goes on: %v", err)
 		}
 	}
+	forgot := p.copy()
+	forgot.epoch = 0
+	if _, err := manager(t).Restore(t.Context(), s, forgot, From{Epoch: 1}); !errors.Is(err, ErrFenced) {
+		t.Errorf("an older epoch restores: %v", err)
+	}
 	// Two of one epoch, which must not be: one wins.
 	if err := writeSynced(dir, "more", []byte("more")); err != nil {
 		t.Fatal(err)
@@ -606,10 +614,12 @@ func TestCloseEndsASnapshot(t *testing.T) {
 	if err := writeSynced(dir, "f", b); err != nil {
 		t.Fatal(err)
 	}
-	p.slow = 50 * time.Millisecond
-	started, once := make(chan bool), sync.Once{}
+	p.slow = 20 * time.Millisecond
+	started, n := make(chan bool), atomic.Int64{}
 	p.before = func(op, name string) error {
-		once.Do(func() { close(started) })
+		if n.Add(1) == 16 {
+			close(started)
+		}
 		return nil
 	}
 	failed := make(chan error, 1)
@@ -635,11 +645,87 @@ func TestCloseEndsASnapshot(t *testing.T) {
 	if err := m.Close(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
-	if again := p.puts - puts; puts == 0 || again >= 40 {
-		t.Errorf("%d pieces were put, and then %d: nothing was used again", puts, again)
+	if puts < 8 || p.puts != len(p.data) {
+		t.Errorf("%d pieces were put, and then %d, of %d: what was there was put again", puts, p.puts-puts, len(p.data))
 	}
 	if _, err := Verify(t.Context(), s, p, From{Digest: x.Digest}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestALostPageOfTheParentMakesAFullSnapshot: what the place lost is put again.
+func TestALostPageOfTheParentMakesAFullSnapshot(t *testing.T) {
+	m, s, p := manager(t), spec("v"), newShelf()
+	dir := open(t, m, s)
+	b := make([]byte, 4<<20)
+	rand.NewChaCha8([32]byte{4}).Read(b)
+	if err := writeSynced(dir, "f", b); err != nil {
+		t.Fatal(err)
+	}
+	snap(t, m, s, p, Writer{Epoch: 1, Flush: true})
+	n := 0
+	for _, name := range slices.Sorted(maps.Keys(p.data)) {
+		if name[0] == 'p' || name[0] == 'x' && n < 3 {
+			delete(p.data, name)
+			n++
+		}
+	}
+	if _, err := Verify(t.Context(), s, p, From{}); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("control: %v", err)
+	}
+	if x := snap(t, m, s, p, Writer{Epoch: 1}); x.Extents != 256 {
+		t.Errorf("%+v", x)
+	}
+	if _, err := Verify(t.Context(), s, p, From{}); err != nil {
+		t.Error(err)
+	}
+	// An extent alone is not missed before somebody looks.
+	for name := range p.data {
+		if name[0] == 'x' {
+			delete(p.data, name)
+			break
+		}
+	}
+	if x := snap(t, m, s, p, Writer{Epoch: 1}); !x.Unchanged {
+		t.Errorf("%+v", x)
+	}
+	if _, err := Verify(t.Context(), s, p, From{}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("control: %v", err)
+	}
+	if x := snap(t, m, s, p, Writer{Epoch: 1, Full: true}); x.Sequence != 3 {
+		t.Errorf("%+v", x)
+	}
+	if _, err := Verify(t.Context(), s, p, From{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAServerThatDiesIsNoEnd cuts a cut off at every byte of its way to the Manager.
+func TestAServerThatDiesIsNoEnd(t *testing.T) {
+	var whole []byte
+	for _, u := range []uint32{3 | zeroExtent, 255 | zeroExtent, endOfCut} {
+		whole = binary.LittleEndian.AppendUint32(whole, u)
+	}
+	whole = append(whole, "{}\n"...)
+	for n := range len(whole) + 1 {
+		here, there := net.Pipe()
+		go func() { there.Write(whole[:n]); there.Close() }()
+		a := &asked{conn: here, r: bufio.NewReader(here), first: answer{Size: 64 << 20}}
+		var err error
+		for count := 0; err == nil; count++ {
+			if _, _, err = a.next(nil); count > 2 {
+				t.Fatal("there is no end")
+			}
+		}
+		if errors.Is(err, io.EOF) != (n == len(whole)) {
+			t.Errorf("after %d of %d bytes: %v", n, len(whole), err)
+		}
+		here.Close()
+	}
+	here, there := net.Pipe()
+	go there.Write(binary.LittleEndian.AppendUint32(nil, 256))
+	if _, _, err := (&asked{conn: here, r: bufio.NewReader(here), first: answer{Size: 64 << 20}}).next(nil); !errors.Is(err, ErrFormat) {
+		t.Errorf("an extent beyond the end: %v", err)
 	}
 }
 
