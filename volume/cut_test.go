@@ -150,6 +150,38 @@ func TestNoWriteComesBeforeItsMark(t *testing.T) {
 	}
 }
 
+// TestNobodyPassesAMarkThatIsNotSynced: the second writer to a region waits for the sync of the first one's mark.
+func TestNobodyPassesAMarkThatIsNotSynced(t *testing.T) {
+	dir := t.TempDir()
+	d := rawDisk(t, dir, 1<<20)
+	b, err := os.ReadFile(filepath.Join(dir, "v.dirty"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, release := make(chan bool), make(chan bool)
+	var once sync.Once
+	d.f = &powerless{data: b, watch: func() { once.Do(func() { close(in); <-release }) }}
+	done := make(chan error, 2)
+	write := func(i int64) {
+		_, err := d.WriteAt(bytes.Repeat([]byte{7}, Sector), i*Extent)
+		done <- err
+	}
+	go write(40)
+	<-in
+	go write(41)
+	select {
+	case err := <-done:
+		t.Errorf("a write did not wait: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	for range 2 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // writer writes its own sectors, all over the disk, one after the other.
 type writer struct {
 	id            int
