@@ -157,12 +157,17 @@ func openImage(path, id string, key [32]byte) (*disk, error) {
 	return newDisk(f, h.size, key, h.id)
 }
 
-// createImage makes an image with an empty file system. It appears whole or not at all.
+// createImage makes an image with an empty file system.
 func createImage(path, id string, size int64, key [32]byte) error {
 	real := RoundUp(size)
 	if real == 0 {
 		return fmt.Errorf("%d bytes: a volume has at most %d", size, sizes()[len(sizes())-1]<<20)
 	}
+	return makeImage(path, id, real, key, func(d *disk) error { return Format(d, real) })
+}
+
+// makeImage makes an image of one of the sizes that fill fills. It appears whole or not at all.
+func makeImage(path, id string, size int64, key [32]byte, fill func(*disk) error) error {
 	// One name for each volume: what a killed server left is written over, by whoever holds the volume's lock.
 	tmp, err := os.OpenFile(filepath.Join(filepath.Dir(path), making+filepath.Base(path)), os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
@@ -170,19 +175,19 @@ func createImage(path, id string, size int64, key [32]byte) error {
 	}
 	defer os.Remove(tmp.Name())
 	defer tmp.Close()
-	h := &header{size: real, id: sha256.Sum256([]byte(id))}
+	h := &header{size: size, id: sha256.Sum256([]byte(id))}
 	h.rest = h.check(key)
-	d, err := newDisk(tmp, real, key, h.id)
+	d, err := newDisk(tmp, size, key, h.id)
 	if err != nil {
 		return err
 	}
-	if err := tmp.Truncate(Sector + real); err != nil {
+	if err := tmp.Truncate(Sector + size); err != nil {
 		return err
 	}
 	if _, err := tmp.WriteAt(h.encode(), 0); err != nil {
 		return err
 	}
-	if err := Format(d, real); err != nil {
+	if err := fill(d); err != nil {
 		return err
 	}
 	dir, err := os.Open(filepath.Dir(path))
@@ -190,7 +195,10 @@ func createImage(path, id string, size int64, key [32]byte) error {
 		return err
 	}
 	defer dir.Close()
-	return errors.Join(tmp.Sync(), os.Rename(tmp.Name(), path), dir.Sync())
+	if err := tmp.Sync(); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(tmp.Name(), path), dir.Sync())
 }
 
 // making is how the name of an image begins that is not whole yet.
@@ -259,12 +267,26 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	if n < len(p) {
 		return 0, fmt.Errorf("read at %d: %w", off, errors.Join(err, io.ErrUnexpectedEOF))
 	}
+	d.decrypt(p, off)
+	return n, nil
+}
+
+func (d *disk) decrypt(p []byte, off int64) {
 	each(p, func(s []byte, i int64) {
 		if !bytes.Equal(s, zero[:]) {
 			d.c.Decrypt(s, s, uint64(off/Sector+i))
 		}
 	})
-	return n, nil
+}
+
+// isZero reports whether whole sectors are all zero.
+func isZero(p []byte) bool {
+	for ; len(p) > 0; p = p[Sector:] {
+		if !bytes.Equal(p[:Sector], zero[:]) {
+			return false
+		}
+	}
+	return true
 }
 
 // buffers hold ciphertext on its way to the disk.

@@ -65,21 +65,32 @@ func Serve(ctx context.Context, in io.Reader) error {
 
 type server struct {
 	order
-	disk *disk
-	fuse *fuse.Server
-	loop string
-	dev  *os.File // holds the device until the mount does
+	disk    *tracked
+	control *control
+	fuse    *fuse.Server
+	loop    string
+	dev     *os.File // holds the device until the mount does
 }
 
 func (s *server) open() error {
-	var err error
-	if s.disk, err = openImage(s.Image, s.ID, s.Key); errors.Is(err, ErrLost) && s.Create {
-		if err = createImage(s.Image, s.ID, s.Size, s.Key); err == nil {
-			s.disk, err = openImage(s.Image, s.ID, s.Key)
+	d, err := openImage(s.Image, s.ID, s.Key)
+	if errors.Is(err, ErrLost) && s.Create {
+		if err = untrack(tracking(s.Image)); err == nil {
+			err = createImage(s.Image, s.ID, s.Size, s.Key)
+		}
+		if err == nil {
+			d, err = openImage(s.Image, s.ID, s.Key)
 		}
 	}
 	if err != nil {
 		return err
+	}
+	if s.disk, err = track(d, tracking(s.Image), s.ID, s.Copies); err != nil {
+		d.f.Close()
+		return err
+	}
+	if s.control, err = listen(s.Run, s.disk, snapshotKeys(s.Key, s.ID).check()); err != nil {
+		return fmt.Errorf("control: %w", err)
 	}
 	timeout := time.Hour // nothing changes but through this mount
 	opts := &fs.Options{EntryTimeout: &timeout, AttrTimeout: &timeout, MountOptions: fuse.MountOptions{
@@ -143,11 +154,13 @@ func (s *server) attach() (string, error) {
 // close lets go of the disk, which nobody has mounted any more.
 func (s *server) close() error {
 	var errs []error
+	if s.control != nil {
+		s.control.close()
+	}
 	if s.disk != nil {
 		errs = append(errs, s.disk.Sync())
 	}
 	if s.dev != nil {
-
 		s.dev.Close() // a second time does no harm
 	}
 	if s.fuse != nil {
@@ -165,7 +178,7 @@ func (s *server) close() error {
 		}
 	}
 	if s.disk != nil {
-		errs = append(errs, s.disk.f.Close())
+		errs = append(errs, s.disk.close(), s.disk.disk.f.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -192,7 +205,7 @@ func leaveMounts(dir string) error {
 // root is a directory with one file, the plain disk.
 type root struct {
 	fs.Inode
-	disk *disk
+	disk *tracked
 }
 
 var _ fs.NodeOnAdder = (*root)(nil)
@@ -205,7 +218,7 @@ func (r *root) OnAdd(ctx context.Context) {
 // plain is the disk's file.
 type plain struct {
 	fs.Inode
-	disk *disk
+	disk *tracked
 }
 
 var (

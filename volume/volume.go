@@ -8,6 +8,11 @@
 // that a sector has the same bytes as before. Writes in place need no journal of their own, so that a crash leaves what
 // ext4's journal expects.
 //
+// A snapshot is the plain disk at one moment, while the workload goes on (cut.go): the server notes what changed (track.go), and
+// copies what a snapshot still has to read before it is overwritten. The Manager puts what is new, sealed under names that
+// are keyed hashes, to a Place that is not trusted, and makes an image from it (snapshot.go, manifest.go). It never takes a
+// snapshot by itself, and nothing in holdfast asks it to yet.
+//
 // The file system is made from a template of the next larger size (64 MiB to 64 GiB): the node needs no mkfs. Nothing is
 // ever created in place of what should be there: an absent image is ErrLost unless the caller says Create.
 package volume
@@ -37,6 +42,9 @@ type Config struct {
 	Dir  string   // of the images, on disk
 	Run  string   // on tmpfs: mount points and what runs
 	Log  *slog.Logger
+
+	Copies  int64 // bytes on disk that a snapshot's copies of what is written meanwhile may take; 0 means 1 GiB
+	Uploads int   // how many pieces of a snapshot are on their way at once; 0 means 4
 }
 
 // Spec is a volume as it should be open.
@@ -71,6 +79,12 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Copies <= 0 {
+		cfg.Copies = 1 << 30
+	}
+	if cfg.Uploads <= 0 {
+		cfg.Uploads = 4
+	}
 	return &Manager{cfg: cfg, log: cfg.Log, ids: map[string]*sync.Mutex{}}, nil
 }
 
@@ -89,11 +103,15 @@ func (m *Manager) lock(id string) func() {
 func (m *Manager) run(id string) string   { return filepath.Join(m.cfg.Run, id) }
 func (m *Manager) image(id string) string { return filepath.Join(m.cfg.Dir, id+".img") }
 
+// tracking is the path of the file that says what of an image changed.
+func tracking(image string) string { return strings.TrimSuffix(image, ".img") + ".dirty" }
+
 // order is what a server is told through its standard input: the key is on no command line and in no environment.
 type order struct {
 	Spec
-	Image string
-	Run   string
+	Image  string
+	Run    string
+	Copies int64
 }
 
 // report is what a server says of itself in RUN/status.json.
@@ -166,15 +184,12 @@ func (m *Manager) start(s *Spec) (io.Closer, error) {
 			return nil, err
 		}
 	}
-	lock, err := os.OpenFile(filepath.Join(run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := lockRun(run)
 	if err != nil {
 		return nil, err
 	}
 	defer lock.Close()
-	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
-	}
-	raw, err := json.Marshal(order{*s, m.image(s.ID), run})
+	raw, err := json.Marshal(order{*s, m.image(s.ID), run, m.cfg.Copies})
 	if err != nil {
 		return nil, err
 	}
@@ -198,6 +213,19 @@ func (m *Manager) start(s *Spec) (io.Closer, error) {
 		return nil, err
 	}
 	return w, nil
+}
+
+// lockRun takes a volume's lock, which is free when the last descriptor of what is returned is closed.
+func lockRun(run string) (*os.File, error) {
+	lock, err := os.OpenFile(filepath.Join(run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.FcntlFlock(lock.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	return lock, nil
 }
 
 // Close ends a volume's server after everything that was written is on disk. A volume that is not open is closed.
@@ -262,6 +290,9 @@ func (m *Manager) end(ctx context.Context, id string) error {
 func (m *Manager) Destroy(ctx context.Context, id string) error {
 	if err := m.Close(ctx, id); err != nil {
 		return err
+	}
+	if err := untrack(tracking(m.image(id))); err != nil {
+		return fmt.Errorf("destroy volume %s: %w", id, err)
 	}
 	if err := os.Remove(m.image(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("destroy volume %s: %w", id, err)
