@@ -306,7 +306,8 @@ func supported(section string) []string {
 	return map[string][]string{
 		"file":         {"name", "services", "volumes", "networks", "configs", "secrets", "x-holdfast"},
 		"service":      {"image", "command", "entrypoint", "environment", "env_file", "expose", "ports", "volumes", "tmpfs", "configs", "secrets", "depends_on", "healthcheck", "restart", "deploy", "scale", "mem_limit", "cpus", "pids_limit", "mem_reservation", "user", "working_dir", "read_only", "cap_add", "cap_drop", "stop_grace_period", "stop_signal", "networks", "labels", "hostname", "x-holdfast"},
-		"deploy":       {"replicas", "resources", "mode", "restart_policy"},
+		"deploy":       {"replicas", "resources", "mode", "restart_policy", "update_config"},
+		"update":       {"parallelism", "failure_action", "monitor", "order"},
 		"resources":    {"limits", "reservations"},
 		"limits":       {"cpus", "memory", "pids"},
 		"policy":       {"condition", "max_attempts"},
@@ -327,7 +328,7 @@ func supported(section string) []string {
 		"parameter":    {"type", "about", "default", "example", "choices", "pattern", "min", "max"},
 		"approval":     {"need", "of", "acts"},
 		"bucket":       {"versioning"},
-		"x svc":        {"placement", "egress", "buckets"},
+		"x svc":        {"placement", "egress", "buckets", "deadline"},
 		"x vol":        {"size"},
 		"route":        {"host", "service", "port"},
 		"place":        {"spread", "farms", "nodes"},
@@ -343,9 +344,8 @@ func noEffect(key string) string {
 		"pull_policy":     "images are pinned to digests when planned",
 		"attach":          "holdfast logs shows what a workload writes",
 		"develop":         "it is for developing only",
-		"update_config":   "a revision replaces workloads one by one",
-		"rollback_config": "a revision replaces workloads one by one",
-		"delay":           "restarts back off by themselves",
+		"rollback_config": "a rollback replaces at once what does not work",
+		"delay":           "the next one follows when the one before is ready; restarts back off by themselves",
 		"window":          "restarts back off by themselves",
 		"restart":         "a dependency delays the first start only",
 		"labels":          "nothing reads them; labels of the service are kept",
@@ -417,6 +417,7 @@ func instead(key string) string {
 		"subpath":             "mount the whole volume",
 		"format":              "the file has KEY=value lines; leave it out",
 		"placement":           "say it under x-holdfast.placement: spread, farms, nodes",
+		"max_failure_ratio":   "one that fails is enough; leave it out, or set failure_action to continue",
 		"endpoint_mode":       "a service name resolves to all its workloads; leave it out",
 		"post_start":          "do it in the image's entrypoint",
 		"pre_stop":            "do it when the stop signal comes",
@@ -588,7 +589,8 @@ func (l *composer) checkService(name, s *yaml.Node) error {
 		section, what string
 		ignored       []string
 	}{
-		{d, "deploy", what + ": deploy", []string{"update_config", "rollback_config", "labels"}},
+		{d, "deploy", what + ": deploy", []string{"rollback_config", "labels"}},
+		{child(d, "update_config"), "update", what + ": deploy.update_config", []string{"delay"}},
 		{child(d, "restart_policy"), "policy", what + ": deploy.restart_policy", []string{"delay", "window"}},
 		{r, "resources", what + ": deploy.resources", nil},
 		{child(r, "limits"), "limits", what + ": deploy.resources.limits", nil},

@@ -200,6 +200,8 @@ func TestSupported(t *testing.T) {
 				t.Errorf("%+v", d.Header.Routes)
 			}
 		}},
+		{"how a service is updated", web("deploy: {update_config: {parallelism: 0, failure_action: continue, monitor: 1500ms, order: stop-first, delay: 2s}}\nx-holdfast: {deadline: 5m}"), head(Update{MaxReplicas, "continue", 2, 300}, func(s *Service) any { return s.Update })},
+		{"an update as usual", web("deploy: {update_config: {failure_action: rollback}}"), head(Update{}, func(s *Service) any { return s.Update })},
 		{"x-holdfast.placement of the file", web("") + "x-holdfast: {placement: {spread: farm, farms: [b, a, b], nodes: [n1]}}\n", head(Placement{"farm", []string{"a", "b"}, []string{"n1"}}, func(s *Service) any { return s.Placement })},
 		{"x-holdfast.placement of a service takes its place", web("x-holdfast: {placement: {spread: node}}") + "x-holdfast: {placement: {farms: [a]}}\n", head(Placement{Spread: "node"}, func(s *Service) any { return s.Placement })},
 		{"x-holdfast.egress", web("x-holdfast: {egress: ['udp://[2001:db8::1]/32:53', tcp://203.0.113.9, 'tcp://0.0.0.0/0:443', 'tcp://203.0.113.9/32']}"), func(t *testing.T, d *Document) {

@@ -10,6 +10,7 @@
 package contract
 
 import (
+	"cmp"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
@@ -18,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"time"
 
 	"holdfast/identity"
 	"holdfast/internal/canonical"
@@ -105,6 +107,51 @@ type Service struct {
 	Volumes   []string  `cbor:"7,keyasint,omitempty" json:"volumes,omitempty"`
 	Placement Placement `cbor:"8,keyasint,omitempty" json:"placement"`
 	Egress    bool      `cbor:"9,keyasint,omitempty" json:"egress"`
+	Update    Update    `cbor:"10,keyasint,omitzero" json:"update,omitzero"`
+}
+
+// Update is how a revision takes the place of the one before, where that one was good.
+type Update struct {
+	Parallel uint16 `cbor:"1,keyasint,omitempty" json:"parallel,omitempty"` // replicas that may be without one that is ready at a time; 0: see Unavailable
+	Action   string `cbor:"2,keyasint,omitempty" json:"action,omitempty"`   // what a failure brings: "" the revision before, OnFailurePause, OnFailureContinue
+	Monitor  uint32 `cbor:"3,keyasint,omitempty" json:"monitor,omitempty"`  // seconds that one without a health check runs before it is ready; 0: DefaultMonitor
+	Deadline uint32 `cbor:"4,keyasint,omitempty" json:"deadline,omitempty"` // seconds in which the revision must be ready; 0: DefaultDeadline
+}
+
+// What else than going back the failure of an update can bring.
+const (
+	OnFailurePause    = "pause"    // nothing more is replaced, nothing taken back
+	OnFailureContinue = "continue" // the rest is replaced all the same
+)
+
+// Defaults and bounds of an Update.
+const (
+	DefaultMonitor  = 5 * time.Second
+	DefaultDeadline = 10 * time.Minute
+	maxUpdateTime   = 24 * time.Hour
+)
+
+// Unavailable is how many of the service's replicas an update may have without a ready one at a time: a quarter, if nothing
+// is said.
+func (s *Service) Unavailable() int {
+	if s.Update.Parallel > 0 {
+		return int(s.Update.Parallel)
+	}
+	return max(1, (int(s.Replicas)+3)/4)
+}
+
+// Monitored is how long one without a health check runs before it is ready.
+func (s *Service) Monitored() time.Duration {
+	return cmp.Or(time.Duration(s.Update.Monitor)*time.Second, DefaultMonitor)
+}
+
+// Deadline is the time in which a revision must be ready: the longest of its services'.
+func (h *Header) Deadline() time.Duration {
+	var d time.Duration
+	for i := range h.Services {
+		d = max(d, cmp.Or(time.Duration(h.Services[i].Update.Deadline)*time.Second, DefaultDeadline))
+	}
+	return d
 }
 
 // Placement is where a service's replicas may run.

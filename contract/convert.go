@@ -31,7 +31,8 @@ type extension struct {
 		Farms  []string `yaml:"farms"`
 		Nodes  []string `yaml:"nodes"`
 	} `yaml:"placement"`
-	Egress []string `yaml:"egress"`
+	Egress   []string `yaml:"egress"`
+	Deadline string   `yaml:"deadline"`
 }
 
 func (l *composer) extension(n *yaml.Node) (*extension, error) {
@@ -238,6 +239,7 @@ func (l *composer) service(p *types.Project, s *types.ServiceConfig, top *extens
 		func() error { return l.command(s, b) },
 		func() error { return l.resources(s, h) },
 		func() error { return l.placement(h, x, top) },
+		func() error { return l.update(s, h, x) },
 		func() error { return l.environment(s, b) },
 		func() error { return l.egress(s, h, b) },
 		func() error { return l.mounts(s, h, b) },
@@ -322,6 +324,50 @@ func (l *composer) resources(s *types.ServiceConfig, h *Service) error {
 		h.Pids = uint32(pids)
 	}
 	return nil
+}
+
+// update reads deploy.update_config, and the deadline that Compose does not know.
+func (l *composer) update(s *types.ServiceConfig, h *Service, x *extension) error {
+	seconds := func(d time.Duration, n *yaml.Node, what string) (uint32, error) {
+		if d < 0 || d > maxUpdateTime {
+			return 0, at(n, "service %s: %s of %v: up to %v is allowed", s.Name, what, d, maxUpdateTime)
+		}
+		return uint32((d + time.Second - 1) / time.Second), nil
+	}
+	var err error
+	if x.Deadline != "" {
+		n := l.line(s.Name, "x-holdfast", "deadline")
+		d, perr := time.ParseDuration(x.Deadline)
+		if perr != nil || d < time.Second {
+			return at(n, "service %s: deadline %q: write a time as 90s or 10m", s.Name, x.Deadline)
+		}
+		if h.Update.Deadline, err = seconds(d, n, "deadline"); err != nil {
+			return err
+		}
+	}
+	if s.Deploy == nil || s.Deploy.UpdateConfig == nil {
+		return nil
+	}
+	c := s.Deploy.UpdateConfig
+	line := func(key string) *yaml.Node { return l.line(s.Name, "deploy", "update_config", key) }
+	if c.Parallelism != nil {
+		h.Update.Parallel = uint16(min(*c.Parallelism, MaxReplicas))
+		if *c.Parallelism == 0 {
+			h.Update.Parallel = MaxReplicas
+		}
+	}
+	switch c.FailureAction {
+	case "", "rollback":
+	case OnFailurePause, OnFailureContinue:
+		h.Update.Action = c.FailureAction
+	default:
+		return at(line("failure_action"), "service %s: failure_action %q: it can be rollback, pause or continue", s.Name, c.FailureAction)
+	}
+	if c.Order != "" && c.Order != "stop-first" {
+		return at(line("order"), "service %s: order %q cannot be had: a replica has one address, and ends before the next one begins; leave it out", s.Name, c.Order)
+	}
+	h.Update.Monitor, err = seconds(time.Duration(c.Monitor), line("monitor"), "monitor")
+	return err
 }
 
 func (l *composer) placement(h *Service, x, top *extension) error {

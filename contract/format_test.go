@@ -31,7 +31,7 @@ func vectorContract() (*Header, *Keys, *Body) {
 		Version: 1, Grid: fill32(0x01), Account: fill32(0x02), Name: "shop", Revision: 2, Contract: fill32(0x03), Previous: fill32(0x04),
 		Services: []Service{
 			{Name: "db", Replicas: 1, CPUMilli: 1000, Memory: 512 << 20, Pids: 512, Networks: []string{"default"}, Volumes: []string{"data"}},
-			{Name: "web", Replicas: 2, CPUMilli: 250, Memory: 128 << 20, Pids: 100, Networks: []string{"default"}, Placement: Placement{"farm", []string{"farm-1", "farm-2"}, []string{"node-3"}}, Egress: true},
+			{Name: "web", Replicas: 2, CPUMilli: 250, Memory: 128 << 20, Pids: 100, Networks: []string{"default"}, Placement: Placement{"farm", []string{"farm-1", "farm-2"}, []string{"node-3"}}, Egress: true, Update: Update{1, OnFailurePause, 30, 300}},
 		},
 		Volumes: []Volume{{"data", 1 << 30}}, Networks: []string{"default"}, Routes: []Route{{"shop.localhost", "web", 8080}},
 	}

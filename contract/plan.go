@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -197,6 +198,7 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 		add(s.Name, "replicas", fmt.Sprint(s.Replicas))
 		add(s.Name, "limits", fmt.Sprintf("%.3g cores, %s, %d processes", float64(s.CPUMilli)/1000, bytesText(s.Memory), s.Pids), s.CPUMilli, s.Memory, s.Pids)
 		add(s.Name, "placement", placementText(&s.Placement))
+		add(s.Name, "update", updateText(s))
 		add(s.Name, "network", strings.Join(s.Networks, ", "))
 		args := func(what string, list []string) {
 			if len(list) > 0 {
@@ -293,6 +295,28 @@ func imageText(i *Image) string {
 		d = d[:12]
 	}
 	return i.Reference + " @ " + d
+}
+
+// updateText is how a service is updated, where it is not as usual.
+func updateText(s *Service) string {
+	u := &s.Update
+	if *u == (Update{}) {
+		return ""
+	}
+	out := []string{fmt.Sprintf("%d at a time", s.Unavailable()), "what fails is rolled back"}
+	switch u.Action {
+	case OnFailurePause:
+		out[1] = "what fails stops it"
+	case OnFailureContinue:
+		out[1] = "what fails does not stop it"
+	}
+	if u.Monitor > 0 {
+		out = append(out, "watched for "+s.Monitored().String())
+	}
+	if u.Deadline > 0 {
+		out = append(out, fmt.Sprintf("ready within %v", time.Duration(u.Deadline)*time.Second))
+	}
+	return strings.Join(out, ", ")
 }
 
 func placementText(p *Placement) string {

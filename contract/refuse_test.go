@@ -118,6 +118,11 @@ func TestRefused(t *testing.T) {
 		{"extra_hosts", web("extra_hosts: ['a:10.0.0.1']"), `"extra_hosts" cannot be had: names resolve inside the overlay; use a network alias`},
 		{"ulimits", web("ulimits: {nofile: 1}"), `"ulimits" cannot be had: limits are those of deploy.resources`},
 		{"shm_size", web("shm_size: 1g"), `"shm_size" cannot be had: mount a tmpfs at /dev/shm with the size`},
+		{"an update that starts first", web("deploy: {update_config: {order: start-first}}"), `line 4: service web: order "start-first" cannot be had`},
+		{"an update of a ratio", web("deploy: {update_config: {max_failure_ratio: 0.5}}"), `"max_failure_ratio" cannot be had: one that fails is enough`},
+		{"an action on failure that is not known", web("deploy: {update_config: {failure_action: stop}}"), `service web: failure_action "stop": it can be rollback, pause or continue`},
+		{"a deadline that is no time", web("x-holdfast: {deadline: soon}"), `service web: deadline "soon": write a time as 90s or 10m`},
+		{"a deadline that is too long", web("x-holdfast: {deadline: 48h}"), `service web: deadline of 48h0m0s: up to 24h0m0s is allowed`},
 		{"placement as in Swarm", web("deploy: {placement: {constraints: [node.role==manager]}}"), `"placement" cannot be had: say it under x-holdfast.placement`},
 		{"the long form of env_file with a format", web("env_file: [{path: a.env, format: raw}]"), `line 4: service web: env_file: "format" cannot be had: the file has KEY=value lines`},
 

@@ -219,6 +219,14 @@ func (s *Service) validate(h *Header) error {
 			return fmt.Errorf("volume %q is not there", v)
 		}
 	}
+	switch u := &s.Update; {
+	case u.Parallel > MaxReplicas:
+		return fmt.Errorf("%d replicas updated at a time, up to %d are allowed", u.Parallel, MaxReplicas)
+	case u.Action != "" && u.Action != OnFailurePause && u.Action != OnFailureContinue:
+		return fmt.Errorf("failure action %q: pause or continue, or nothing for a rollback", u.Action)
+	case max(u.Monitor, u.Deadline) > uint32(maxUpdateTime/time.Second):
+		return fmt.Errorf("an update that takes %v, up to %v are allowed", time.Duration(max(u.Monitor, u.Deadline))*time.Second, maxUpdateTime)
+	}
 	p := &s.Placement
 	if p.Spread != "" && p.Spread != "farm" && p.Spread != "node" {
 		return fmt.Errorf("spread %q: farm or node", p.Spread)

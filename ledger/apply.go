@@ -238,6 +238,8 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *Withdraw) error { return b.withdraw(who, p) })
 	case KindEnvelopePut:
 		return with(tx, func(p *EnvelopePut) error { return b.envelopePut(who, p) })
+	case KindWorkloadReport:
+		return with(tx, func(p *WorkloadReport) error { return b.workloadReport(who, p) })
 	case KindVolumeCreated:
 		return with(tx, func(p *VolumeCreated) error { return b.volumeCreated(who, p) })
 	}
@@ -480,10 +482,17 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	id, rev := h.ContractID(), h.RevisionID()
 	var c *Contract
 	was := &contract.Header{} // the revision before, empty for the first
+	held, had := was, Quota{} // with what it holds beside itself
 	if h.Revision > 1 {
 		// Who may do it depends on what it changes. Before it is known that the signer may, it says no more than that.
 		if c, err = get[Contract](&b.State, ContractKey(id)); err == nil {
 			was, err = b.header(c.Current)
+		}
+		if err == nil {
+			held, err = b.holding(c)
+		}
+		if err == nil {
+			had, err = b.most(c)
 		}
 		if err != nil {
 			return fmt.Errorf("%v: %w", id, err)
@@ -520,38 +529,52 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 			return fmt.Errorf("%v is %s", id, c.State)
 		case c.Name != h.Name:
 			return fmt.Errorf("%v is named %q, a revision cannot rename it to %q", id, c.Name, h.Name)
-		case c.Current != h.Previous || h.Revision != c.Revision+1:
-			return fmt.Errorf("revision %d on %v: the current revision is %d, %v; plan again", h.Revision, h.Previous, c.Revision, c.Current)
+		case c.Current != h.Previous || h.Revision != c.Newest()+1:
+			return fmt.Errorf("revision %d on %v: the current revision is %d, %v, the newest %d; plan again", h.Revision, h.Previous, c.Revision, c.Current, c.Newest())
 		}
-	}
-	if err := b.bill(h.Account, was, h); err != nil {
-		return err
 	}
 	if err := b.putEnvelopes(p.Envelopes, rev, readers(who.account, was, h)); err != nil {
 		return err
 	}
-	c.Current, c.Revision, c.Revisions, c.Times = rev, h.Revision, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
+	if err := b.begin(c, h, act); err != nil {
+		return err
+	}
+	c.Current, c.Revision, c.Latest, c.Revisions, c.Times = rev, h.Revision, 0, append(c.Revisions, rev), append(c.Times, b.clock.Time/1000)
 	if n := len(c.Revisions) - MaxRevisions; n > 0 {
 		c.Revisions, c.Times = c.Revisions[n:], c.Times[n:]
 	}
 	set(b, ContractKey(id), c)
 	b.tree = b.tree.put(RevisionKey(rev), p.Header)
-	if err := b.networks(id, was, h); err != nil {
+	holds, err := b.holding(c)
+	if err != nil {
+		return err
+	}
+	has, err := b.most(c)
+	if err != nil {
+		return err
+	}
+	if err := b.bill(h.Account, had, has); err != nil {
+		return err
+	}
+	if err := b.networks(id, held, holds); err != nil {
 		return err
 	}
 	if err := b.volumes(id, h); err != nil {
 		return err
 	}
-	if err := b.contractStore(id, was, h); err != nil {
+	if err := b.contractStore(c, was, h); err != nil {
 		return err
 	}
-	if err := b.routes(id, was.Routes, h.Routes); err != nil {
+	if err := b.routes(id, held.Routes, holds.Routes); err != nil {
 		return err
 	}
 	if err := who.agreed(act, kept(was, h, act), h.Consents(act)); err != nil {
 		return err
 	}
-	return b.settle(id)
+	if err := b.settle(id); err != nil || !c.Trial.On() {
+		return err
+	}
+	return b.conclude(c) // it may have nothing to run
 }
 
 // settle assigns a contract after its own transaction.

@@ -1,14 +1,12 @@
 package ledger
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 
 	"holdfast/contract"
 	"holdfast/identity"
-	"holdfast/internal/canonical"
 	"holdfast/schedule"
 )
 
@@ -95,15 +93,27 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 			return false, err
 		}
 	}
-	fleet := slices.Clone(b.fleet)
-	charge(fleet, was, old.Current, -1)
-	next := &Assignments{Revision: c.Current, Floor: old.Floor}
-	if c.Runs() {
-		if next.Current, err = b.place(fleet, id, h, old); err != nil {
+	var wasFrom *contract.Header
+	if !old.From.IsZero() {
+		if wasFrom, err = b.header(old.From); err != nil {
 			return false, err
 		}
 	}
-	charge(fleet, h, next.Current, 1)
+	t := &trial{stuck: c.Trial.Stuck != nil}
+	if !c.Trial.From.IsZero() {
+		if t.from, err = b.header(c.Trial.From); err != nil {
+			return false, err
+		}
+	}
+	fleet := slices.Clone(b.fleet)
+	charge(fleet, was, wasFrom, old.Current, -1)
+	next := &Assignments{Revision: c.Current, Floor: old.Floor, From: c.Trial.From}
+	if c.Runs() {
+		if next.Current, err = b.place(fleet, c, h, old, t); err != nil {
+			return false, err
+		}
+	}
+	charge(fleet, h, t.from, next.Current, 1)
 	for _, a := range old.Current {
 		if !slices.ContainsFunc(next.Current, func(n Assignment) bool { return n.Workload == a.Workload }) {
 			next.Floor = max(next.Floor, a.Epoch)
@@ -112,37 +122,37 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 	if freed, err = b.account(id, old, next, fleet); err != nil {
 		return false, err
 	}
-	if !bytes.Equal(canonical.Encode(old), canonical.Encode(next)) {
+	if !same(old, next) {
 		set(b, AssignmentsKey(id), next)
 	}
 	return freed, nil
 }
 
 // charge takes from the fleet what assigned workloads use; sign -1 gives it back.
-func charge(fleet []schedule.Node, h *contract.Header, as []Assignment, sign int64) {
-	for _, a := range as {
-		i := slices.IndexFunc(fleet, func(n schedule.Node) bool { return n.ID == a.Node })
-		s, ok := h.Service(a.Service)
-		if i < 0 || !ok {
+func charge(fleet []schedule.Node, h, from *contract.Header, as []Assignment, sign int64) {
+	for i := range as {
+		n := slices.IndexFunc(fleet, func(n schedule.Node) bool { return n.ID == as[i].Node })
+		cpu, memory, ok := takes(&as[i], h, from)
+		if n < 0 || !ok {
 			continue
 		}
-		fleet[i].Take(int64(s.CPUMilli), int64(s.Memory), sign)
+		fleet[n].Take(cpu, memory, sign)
 	}
 }
 
-func (b *batch) place(fleet []schedule.Node, id contract.ID, h *contract.Header, old *Assignments) ([]Assignment, error) {
+func (b *batch) place(fleet []schedule.Node, c *Contract, h *contract.Header, old *Assignments, t *trial) ([]Assignment, error) {
+	id := c.ID
 	var work []schedule.Workload
 	var out []Assignment
 	for i := range h.Services {
 		s := &h.Services[i]
 		for r := range int(s.Replicas) {
 			a := Assignment{Workload: contract.WorkloadOf(id, s.Name, r), Service: s.Name, Replica: uint16(r), Epoch: old.Floor, Fenced: len(s.Volumes) > 0}
-			w := schedule.Workload{
-				ID: a.Workload, Service: s.Name, CPUMilli: int64(s.CPUMilli), Memory: int64(s.Memory),
-				Spread: s.Placement.Spread, Farms: s.Placement.Farms, Nodes: s.Placement.Nodes,
-			}
+			w := schedule.Workload{ID: a.Workload, Service: s.Name, Spread: s.Placement.Spread, Farms: s.Placement.Farms, Nodes: s.Placement.Nodes}
 			if j := slices.IndexFunc(old.Current, func(o Assignment) bool { return o.Workload == a.Workload }); j >= 0 {
-				a.Epoch, a.Node, a.Height, a.Reason = old.Current[j].Epoch, old.Current[j].Node, old.Current[j].Height, old.Current[j].Reason
+				last := &old.Current[j]
+				a.Epoch, a.Node, a.Height, a.Reason = last.Epoch, last.Node, last.Height, last.Reason
+				t.carry(&a, old, last, c.Current, c.Trial.From)
 				w.Current = a.Node
 			}
 			for _, name := range s.Volumes {
@@ -157,11 +167,28 @@ func (b *batch) place(fleet []schedule.Node, id contract.ID, h *contract.Header,
 			work, out = append(work, w), append(out, a)
 		}
 	}
-	for i, d := range schedule.Place(fleet, work) {
+	decide := func() []schedule.Decision {
+		for i := range work {
+			work[i].CPUMilli, work[i].Memory, _ = takes(&out[i], h, t.from)
+		}
+		return schedule.Place(fleet, work)
+	}
+	stepped := t.advance(h, out)
+	decided := decide()
+	if slices.ContainsFunc(stepped, func(i int) bool { return decided[i].Reason != "" && out[i].Reason == "" }) {
+		// What runs is not given up for what has no room.
+		for _, i := range stepped {
+			out[i].Old = true
+		}
+		decided = decide()
+	}
+	for i, d := range decided {
 		a := &out[i]
 		if node := identity.NodeID(d.Node); node != a.Node || d.Reason != a.Reason {
 			if node != a.Node && !node.IsZero() {
 				a.Epoch++
+				a.Ready, a.Failed = false, false
+				a.Old = a.Old && t.allows(fleet, a.Service, node)
 			}
 			a.Node, a.Reason, a.Height = node, d.Reason, b.height
 		}

@@ -89,6 +89,12 @@ func (a about) of(tx *Tx) (id contract.ID, ok bool, err error) {
 		}
 		id, err = a.revision(p.Envelopes[0].Revision)
 		return id, err == nil, err
+	case KindWorkloadReport:
+		p, err := Payload[WorkloadReport](tx)
+		if err != nil {
+			return id, false, err
+		}
+		return p.Contract, true, nil
 	case KindVolumeCreated:
 		p, err := Payload[VolumeCreated](tx)
 		if err != nil {

@@ -37,7 +37,7 @@ func (l *toldGrid) proved(key string) ([]byte, error) {
 	return b, nil
 }
 
-// toldContract gets its disk, is refused something, is revised when another account consents, is to be revised once more and is
+// toldContract gets its disk, is ready, is refused something, is revised when another account consents, is to be revised once more and is
 // not, gets an envelope, pauses, and ends; another contract lives beside it.
 func toldContract(t *testing.T) *toldGrid {
 	l := &toldGrid{grid: newGrid(t, "lab")}
@@ -50,6 +50,7 @@ func toldContract(t *testing.T) *toldGrid {
 	n := slices.IndexFunc(l.nodes, func(k *identity.PrivateKey) bool { pub := k.Public(); return pub.Node() == l.assigned(h)[0].Node })
 	pub := l.nodes[n].Public()
 	l.do(l.tx(KindVolumeCreated, Actor{true, pub.Node()}, &VolumeCreated{contract.VolumeOf(l.id, "data")}, l.nodes[n]))
+	l.do(l.says(h, l.assigned(h)[0], ""))
 	next := *h
 	next.Revision, next.Contract, next.Previous, next.SealedSize = 2, l.id, h.RevisionID(), 101
 	wrong := next
@@ -93,7 +94,7 @@ func TestHistory(t *testing.T) {
 		kinds = append(kinds, d.Kind)
 	}
 	if want := []Kind{
-		KindContractSubmit, KindVolumeCreated, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindContractState, KindContractCancel,
+		KindContractSubmit, KindVolumeCreated, KindWorkloadReport, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindContractState, KindContractCancel,
 	}; !slices.Equal(kinds, want) {
 		t.Fatalf("%v, want %v", kinds, want)
 	}

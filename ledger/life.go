@@ -166,8 +166,17 @@ func (b *batch) contractDue(id contract.ID) error {
 func (b *batch) cancelled(c *Contract, h *contract.Header) error {
 	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
 	none := &contract.Header{Store: h.Store}  // what its objects take, it takes for good
+	had, err := b.most(c)
+	if err != nil {
+		return err
+	}
+	held, err := b.holding(c)
+	if err != nil {
+		return err
+	}
+	c.Trial = Trial{}
 	for _, err := range []error{
-		drop(b, ContractsKey, c.ID), b.bill(c.Account, h, none), b.networks(c.ID, h, none), b.routes(c.ID, h.Routes, nil),
+		drop(b, ContractsKey, c.ID), b.bill(c.Account, had, usage(none)), b.networks(c.ID, held, none), b.routes(c.ID, held.Routes, nil),
 	} {
 		if err != nil {
 			return err
@@ -184,7 +193,7 @@ func (b *batch) revive(c *Contract, h *contract.Header) error {
 	set(b, contractNameKey(c.Account, c.Name), &c.ID)
 	none := &contract.Header{Store: h.Store}
 	for _, err := range []error{
-		push(b, ContractsKey, c.ID), b.bill(c.Account, none, h), b.networks(c.ID, none, h), b.routes(c.ID, nil, h.Routes),
+		push(b, ContractsKey, c.ID), b.bill(c.Account, usage(none), usage(h)), b.networks(c.ID, none, h), b.routes(c.ID, nil, h.Routes),
 	} {
 		if err != nil {
 			return err
@@ -208,6 +217,7 @@ func (b *batch) retire(c *Contract, h *contract.Header) error {
 const (
 	dueContract byte = 1
 	dueProposal byte = 2
+	dueTrial    byte = 3
 )
 
 // What a block does at most of what time brings, the rest comes in the next ones; and how many minutes it looks through when
@@ -294,6 +304,8 @@ func (b *batch) look(kind byte, id [32]byte) {
 		err = try.contractDue(id)
 	case dueProposal:
 		err = try.proposalDue(id)
+	case dueTrial:
+		err = try.trialDue(id)
 	}
 	if err == nil {
 		b.tree, b.fleet = try.tree, try.fleet

@@ -93,13 +93,20 @@ func (q Quota) grow(was, is Quota) error {
 	return nil
 }
 
-// bill makes an account's usage that of h instead of was; an empty header uses nothing.
-func (b *batch) bill(id identity.AccountID, was, h *contract.Header) error {
+// max is of each kind the more.
+func (q Quota) max(o Quota) Quota {
+	return Quota{
+		max(q.Contracts, o.Contracts), max(q.Workloads, o.Workloads), max(q.Networks, o.Networks), max(q.Hosts, o.Hosts), max(q.Storage, o.Storage),
+	}
+}
+
+// bill makes an account's usage more by is and less by was.
+func (b *batch) bill(id identity.AccountID, was, will Quota) error {
 	used, err := orZero(get[Quota](&b.State, AccountUsedKey(id)))
 	if err != nil {
 		return fmt.Errorf("usage of %v: %w", id, err)
 	}
-	is := used.plus(usage(was), -1).plus(usage(h), 1)
+	is := used.plus(was, -1).plus(will, 1)
 	quota, err := get[Quota](&b.State, QuotaKey(id))
 	switch {
 	case errors.Is(err, ErrAbsent):
@@ -108,7 +115,7 @@ func (b *batch) bill(id identity.AccountID, was, h *contract.Header) error {
 			return err
 		}
 		limits := g.Limits.orDefault()
-		if err := b.share(limits.Shared, usage(was), usage(h)); err != nil {
+		if err := b.share(limits.Shared, was, will); err != nil {
 			return err
 		}
 		quota = &limits.Account

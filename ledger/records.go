@@ -245,6 +245,11 @@ type Contract struct {
 	Times     []int64               `cbor:"7,keyasint" json:"times"`                   // block time of each of these, Unix seconds
 	Revision  uint32                `cbor:"8,keyasint" json:"revision"`                // number of the current one
 	Due       int64                 `cbor:"9,keyasint,omitempty" json:"due,omitempty"` // block time of its next state, Unix milliseconds
+
+	Good     contract.RevisionID `cbor:"10,keyasint,omitzero" json:"good,omitzero"`       // the last one that was ready everywhere
+	Latest   uint32              `cbor:"11,keyasint,omitempty" json:"latest,omitempty"`   // number of the newest, when that was undone
+	Trial    Trial               `cbor:"12,keyasint,omitzero" json:"trial,omitzero"`      // of the current one, until it is good
+	Failures []Failure           `cbor:"13,keyasint,omitempty" json:"failures,omitempty"` // of revisions that were undone, the newest last
 }
 
 // Over says whether the contract has ended: its name is free.
@@ -278,9 +283,12 @@ type Assignment struct {
 	Replica  uint16              `cbor:"3,keyasint" json:"replica"`
 	Node     identity.NodeID     `cbor:"4,keyasint" json:"node"` // zero: on none
 	Epoch    uint64              `cbor:"5,keyasint" json:"epoch"`
-	Reason   string              `cbor:"6,keyasint,omitempty" json:"reason,omitempty"` // why it does not run
-	Height   int64               `cbor:"7,keyasint" json:"height"`                     // of the last change
-	Fenced   bool                `cbor:"8,keyasint,omitempty" json:"fenced,omitempty"` // has a volume: stops when its node's lease ends
+	Reason   string              `cbor:"6,keyasint,omitempty" json:"reason,omitempty"`  // why it does not run
+	Height   int64               `cbor:"7,keyasint" json:"height"`                      // of the last change
+	Fenced   bool                `cbor:"8,keyasint,omitempty" json:"fenced,omitempty"`  // has a volume: stops when its node's lease ends
+	Old      bool                `cbor:"9,keyasint,omitempty" json:"old,omitempty"`     // it still runs Assignments.From
+	Ready    bool                `cbor:"10,keyasint,omitempty" json:"ready,omitempty"`  // its node said so, of the revision on trial
+	Failed   bool                `cbor:"11,keyasint,omitempty" json:"failed,omitempty"` // its node said so
 }
 
 // Assignments of one contract. Floor is the highest epoch of any workload that a revision dropped. A workload that comes
@@ -289,6 +297,7 @@ type Assignments struct {
 	Revision contract.RevisionID `cbor:"1,keyasint"`
 	Current  []Assignment        `cbor:"2,keyasint,omitempty"`
 	Floor    uint64              `cbor:"3,keyasint,omitempty"`
+	From     contract.RevisionID `cbor:"4,keyasint,omitzero"` // the revision before, while that of Revision is on trial and takes its place
 }
 
 // Route leads a host name to a service of a contract.

@@ -33,6 +33,7 @@ const (
 	KindWithdraw       Kind = "withdraw"         // Withdraw, by the account that proposed
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
+	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
 )
 
 // Tx is a signed transaction. Signatures are over everything else: grid, actor, nonce, kind and payload.

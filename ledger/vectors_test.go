@@ -128,7 +128,15 @@ func life(t *testing.T) (*vectors, *State) {
 	apply(KindContractSubmit, owner, &ContractSubmit{h.Encode(), []contract.Envelope{env("account", owner.ID)}}, user)
 	apply(KindEnvelopePut, owner, &EnvelopePut{[]contract.Envelope{env("node", node)}}, user)
 	apply(KindVolumeCreated, Actor{true, node}, &VolumeCreated{contract.VolumeOf(h.ContractID(), "data")}, machine)
+	apply(KindWorkloadReport, Actor{true, node}, &WorkloadReport{
+		Contract: h.ContractID(), Workload: contract.WorkloadOf(h.ContractID(), h.Services[0].Name, 0), Epoch: 1, Revision: h.RevisionID(), Ready: true,
+	}, machine)
 	live := s
+	tried := *must(get[Contract](live, ContractKey(h.ContractID())))
+	tried.Trial = Trial{From: contract.RevisionID{1}, Until: 2, Stuck: &Failure{3, "web", 4, node, "exit code 1", 5, contract.RevisionID{6}}}
+	tried.Latest, tried.Failures = 7, []Failure{*tried.Trial.Stuck}
+	v.add("contract.trial", canonical.Encode(&tried))
+	v.add("assignment.trial", canonical.Encode(&Assignments{From: contract.RevisionID{1}, Current: []Assignment{{Old: true, Ready: true, Failed: true}}}))
 	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
 	apply(KindContractState, owner, &ContractState{h.ContractID(), Active}, user)
 	apply(KindContractCancel, owner, &ContractCancel{h.ContractID()}, user)
@@ -242,4 +250,11 @@ func TestFrozenProofsHold(t *testing.T) {
 			t.Errorf("%q is proved for another root", name)
 		}
 	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
 }

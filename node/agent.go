@@ -627,7 +627,7 @@ func instance(w *Workload) string {
 	p := *w.Process
 	p.DependsOn, p.Egress = nil, nil // need no restart
 	l := w.Limits
-	l.Replicas, l.Placement, l.Egress = 0, contract.Placement{}, false
+	l.Replicas, l.Placement, l.Egress, l.Update = 0, contract.Placement{}, false, contract.Update{}
 	d := canonical.Digest("holdfast/instance/v1", canonical.Encode(part{&p, l, w.Address.AsSlice()}))
 	return fmt.Sprintf("%x-%d-%x", w.ID[:6], w.Epoch, d[:4])
 }
