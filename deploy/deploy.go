@@ -277,7 +277,7 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 	was := &contract.Header{}
 	if c := p.Current; c != nil {
 		was = c.Header
-		h.Revision, h.Contract, h.Previous, previous = c.Header.Revision+1, c.Record.ID, c.Record.Current, c.Keys
+		h.Revision, h.Contract, h.Previous, previous = c.Record.Newest()+1, c.Record.ID, c.Record.Current, c.Keys
 	}
 	body.Certificates = nil
 	for _, r := range h.Routes {

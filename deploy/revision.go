@@ -14,9 +14,9 @@ import (
 
 // Revision finds a revision of a contract by its number, among those that the contract's record lists.
 func Revision(c *ledger.Contract, number int) (contract.RevisionID, error) {
-	first := int(c.Revision) - len(c.Revisions) + 1
-	if number < first || number > int(c.Revision) {
-		return contract.RevisionID{}, fmt.Errorf("%s has no revision %d: it has %d to %d", c.Name, number, first, c.Revision)
+	first, newest := int(c.First()), int(c.Newest())
+	if number < first || number > newest {
+		return contract.RevisionID{}, fmt.Errorf("%s has no revision %d: it has %d to %d", c.Name, number, first, newest)
 	}
 	return c.Revisions[number-first], nil
 }

@@ -35,9 +35,8 @@ type Failure struct {
 	Undone  contract.RevisionID `cbor:"7,keyasint" json:"undone"`
 }
 
-func (f *Failure) String() string {
-	return fmt.Sprintf("revision %d: %s-%d: %s", f.Number, f.Service, f.Replica, f.Reason)
-}
+// Where says in words what failed.
+func (f *Failure) Where() string { return fmt.Sprintf("%s-%d: %s", f.Service, f.Replica, f.Reason) }
 
 // maxFailures bounds how many failures a contract's record lists, and maxReason the words of each.
 const (
@@ -50,6 +49,25 @@ func (t Trial) On() bool { return t.Until != 0 }
 
 // Newest is the number of the newest revision, which may be one that was undone.
 func (c *Contract) Newest() uint32 { return max(c.Latest, c.Revision) }
+
+// First is the number of the oldest revision that the record lists.
+func (c *Contract) First() uint32 { return c.Newest() + 1 - uint32(len(c.Revisions)) }
+
+// Number is that of a revision, or 0 of one that the record does not list.
+func (c *Contract) Number(rev contract.RevisionID) uint32 {
+	if i := slices.Index(c.Revisions, rev); i >= 0 {
+		return c.First() + uint32(i)
+	}
+	return 0
+}
+
+// Undone is why a revision was undone, or nil.
+func (c *Contract) Undone(rev contract.RevisionID) *Failure {
+	if i := slices.IndexFunc(c.Failures, func(f Failure) bool { return f.Undone == rev }); i >= 0 {
+		return &c.Failures[i]
+	}
+	return nil
+}
 
 // WorkloadReport is a node's word that a workload of a revision on trial is ready, or has failed.
 type WorkloadReport struct {

@@ -319,7 +319,7 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	// A contract that cannot be read now goes on as it was read last.
 	for id, err := range v.Unread {
 		errs = append(errs, fmt.Errorf("%v: %w", id, err))
-		if old := a.contract(id); old != nil {
+		for _, old := range a.contracts(id) {
 			same := *old
 			same.Missing = nil // who they are now is not known
 			v.Contracts = append(v.Contracts, &same)
@@ -375,17 +375,27 @@ func (a *Agent) settle(v *View, s *specs) {
 	a.current, a.bodies = v, s.opened
 }
 
-// contract is one as it was read last, or nil.
+// contract is one as it was read last, at its current revision, or nil.
 func (a *Agent) contract(id contract.ID) *ContractView {
+	if all := a.contracts(id); len(all) > 0 {
+		return all[0]
+	}
+	return nil
+}
+
+// contracts is one as it was read last, at its current revision first.
+func (a *Agent) contracts(id contract.ID) (out []*ContractView) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.current == nil {
 		return nil
 	}
-	if i := slices.IndexFunc(a.current.Contracts, func(c *ContractView) bool { return c.Record.ID == id }); i >= 0 {
-		return a.current.Contracts[i]
+	for _, c := range a.current.Contracts {
+		if c.Record.ID == id {
+			out = append(out, c)
+		}
 	}
-	return nil
+	return out
 }
 
 // specs is all that a view asks of this node.
@@ -413,9 +423,13 @@ func (a *Agent) specs(ctx context.Context, v *View, adopted map[contract.Workloa
 			continue
 		}
 		s.opened[c.Revision] = o
-		ms := contractMeshes(v, c, o.keys, o.body)
-		s.meshes = append(s.meshes, ms...)
-		for _, w := range workloads(v, c, o, ms) {
+		for _, m := range contractMeshes(v, c, o.keys, o.body) {
+			// Two revisions of a contract share its networks.
+			if !slices.ContainsFunc(s.meshes, func(x Mesh) bool { return x.Network == m.Network }) {
+				s.meshes = append(s.meshes, m)
+			}
+		}
+		for _, w := range workloads(v, c, o, s.meshes) {
 			s.workloads[w.ID] = w
 		}
 	}
@@ -552,7 +566,7 @@ func (a *Agent) keep(v *View, c *ContractView, s *specs, adopted map[contract.Wo
 		s.kept[meshName(n)] = true
 	}
 	for _, as := range c.Assignments {
-		if as.Node != a.cfg.Keys.ID {
+		if as.Node != a.cfg.Keys.ID || !c.has(&as) {
 			continue
 		}
 		w := &Workload{
@@ -585,7 +599,7 @@ func held(v *View, as *ledger.Assignment) string {
 func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 	var out []*Workload
 	for _, as := range c.Assignments {
-		if as.Node != v.Self.ID {
+		if as.Node != v.Self.ID || !c.has(&as) {
 			continue
 		}
 		i := slices.IndexFunc(c.Header.Services, func(s contract.Service) bool { return s.Name == as.Service })
@@ -596,7 +610,7 @@ func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 		w := &Workload{
 			ID: as.Workload, Contract: c.Record.ID, Name: fmt.Sprintf("%s/%s-%d", c.Record.Name, as.Service, as.Replica),
 			Service: as.Service, Replica: as.Replica, Epoch: as.Epoch, Revision: c.Header.Revision, Fenced: as.Fenced,
-			Process: p, Limits: *s, Held: held(v, &as),
+			Process: p, Limits: *s, Held: held(v, &as), Old: as.Old, Trial: trialOf(c, &as, s),
 		}
 		for _, name := range s.Volumes {
 			if rec := c.Volumes[name]; rec != nil {
@@ -947,7 +961,7 @@ func (a *Agent) waitsFor(ctx context.Context, w *Workload) string {
 	reports := a.reportsOf(ctx, w)
 	for _, d := range w.Process.DependsOn {
 		ok := slices.ContainsFunc(reports, func(r ledger.Report) bool {
-			if r.Service != d.Service || r.Revision != w.Revision {
+			if r.Service != d.Service || r.Revision != w.Revision && !w.Old {
 				return false
 			}
 			switch d.Condition {
@@ -1033,7 +1047,7 @@ func (a *Agent) setServices() {
 		for _, r := range c.Header.Routes {
 			for id, w := range a.wanted {
 				ctl := a.control[id]
-				if w.Contract != c.Record.ID || w.Service != r.Service || ctl == nil {
+				if w.Contract != c.Record.ID || w.Old != c.Old || w.Service != r.Service || ctl == nil {
 					continue
 				}
 				if _, serving := ctl.status(); !serving {

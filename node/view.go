@@ -29,16 +29,33 @@ type View struct {
 	Stores     []*ledger.Store    // what a location serves; read if this node is one
 }
 
-// ContractView is one contract at its current revision.
+// ContractView is one contract at one revision: the current one, or the one before, of which workloads here have not been
+// replaced yet.
 type ContractView struct {
+	Old         bool // of the revision before
 	Record      *ledger.Contract
 	Header      *contract.Header
+	Other       *contract.Header // of the other revision, while one takes the place of the other; else nil
 	Revision    contract.RevisionID
 	Assignments []ledger.Assignment
 	Networks    map[string]*ledger.Network
 	Volumes     map[string]*ledger.Volume
 	Envelope    *contract.Envelope // for this node; nil when nobody sealed one yet
 	Missing     []*ledger.Node     // eligible nodes without an envelope
+}
+
+// has reports whether an assignment is of this view's revision.
+func (c *ContractView) has(as *ledger.Assignment) bool { return as.Old == c.Old }
+
+// service is what an assignment runs.
+func (c *ContractView) service(as *ledger.Assignment) (*contract.Service, bool) {
+	switch {
+	case c.has(as):
+		return c.Header.Service(as.Service)
+	case c.Other != nil:
+		return c.Other.Service(as.Service)
+	}
+	return nil, false
 }
 
 // ReadView reads the view of node self. A contract that cannot be read holds up no other: whoever wrote it, and whatever is
@@ -70,20 +87,21 @@ func ReadView(ctx context.Context, r api.Reader, grid identity.GridID, self iden
 		return nil, err
 	}
 	for _, id := range *ids {
-		c, err := readContract(ctx, r, id, v)
+		cs, err := readContract(ctx, r, id, v)
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case err != nil:
 			v.Unread[id] = err
 		default:
-			v.Contracts = append(v.Contracts, c)
+			v.Contracts = append(v.Contracts, cs...)
 		}
 	}
 	return v, nil
 }
 
-func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) (*ContractView, error) {
+// readContract reads a contract at its current revision and, if that is needed here, at the one before.
+func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) ([]*ContractView, error) {
 	ck, ak := ledger.ContractKey(id), ledger.AssignmentsKey(id)
 	got, err := r.Read(ctx, ck, ak)
 	if err != nil {
@@ -102,20 +120,57 @@ func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) (*
 	if err != nil {
 		return nil, err
 	}
-	c := &ContractView{Record: rec, Revision: as.Revision, Assignments: as.Current, Networks: map[string]*ledger.Network{}, Volumes: map[string]*ledger.Volume{}}
-	rk := ledger.RevisionKey(as.Revision)
-	if got, err = r.Read(ctx, rk); err != nil {
+	c, err := readRevision(ctx, r, v, rec, as, false)
+	if err != nil {
+		return nil, err
+	}
+	out := []*ContractView{c}
+	if !slices.ContainsFunc(as.Current, func(a ledger.Assignment) bool { return a.Old }) {
+		return out, nil
+	}
+	if c.Other, err = readHeader(ctx, r, id, as.From); err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(as.Current, func(a ledger.Assignment) bool { return a.Old && a.Node == v.Self.ID }) {
+		old, err := readRevision(ctx, r, v, rec, as, true)
+		if err != nil {
+			return nil, err
+		}
+		old.Other = c.Header
+		out = append(out, old)
+	}
+	return out, nil
+}
+
+func readHeader(ctx context.Context, r api.Reader, id contract.ID, rev contract.RevisionID) (*contract.Header, error) {
+	rk := ledger.RevisionKey(rev)
+	got, err := r.Read(ctx, rk)
+	if err != nil {
 		return nil, err
 	}
 	raw, ok := got.Value(rk)
 	if !ok {
-		return nil, fmt.Errorf("%v: %w", as.Revision, ledger.ErrAbsent)
+		return nil, fmt.Errorf("%v: %w", rev, ledger.ErrAbsent)
 	}
-	if c.Header, err = contract.DecodeHeader(raw); err != nil {
+	h, err := contract.DecodeHeader(raw)
+	if err != nil {
 		return nil, err
 	}
-	if c.Header.RevisionID() != as.Revision || c.Header.ContractID() != id {
-		return nil, fmt.Errorf("header under %v is of %v", as.Revision, c.Header.RevisionID())
+	if h.RevisionID() != rev || h.ContractID() != id {
+		return nil, fmt.Errorf("header under %v is of %v", rev, h.RevisionID())
+	}
+	return h, nil
+}
+
+func readRevision(ctx context.Context, r api.Reader, v *View, rec *ledger.Contract, as *ledger.Assignments, old bool) (*ContractView, error) {
+	id, rev := rec.ID, as.Revision
+	if old {
+		rev = as.From
+	}
+	c := &ContractView{Old: old, Record: rec, Revision: rev, Assignments: as.Current, Networks: map[string]*ledger.Network{}, Volumes: map[string]*ledger.Volume{}}
+	var err error
+	if c.Header, err = readHeader(ctx, r, id, rev); err != nil {
+		return nil, err
 	}
 	keys := make([]string, 0, len(c.Header.Networks)+len(c.Header.Volumes))
 	for _, n := range c.Header.Networks {
@@ -148,7 +203,7 @@ func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) (*
 	for _, n := range v.Nodes {
 		if ledger.Eligible(c.Header, n) {
 			eligible = append(eligible, n)
-			keys = append(keys, ledger.EnvelopeKey(as.Revision, contract.RecipientNode, n.ID))
+			keys = append(keys, ledger.EnvelopeKey(rev, contract.RecipientNode, n.ID))
 		}
 	}
 	envs, err := api.GetAll[contract.Envelope](ctx, r, keys)
@@ -237,7 +292,7 @@ func meshName(n *ledger.Network) string { return "n" + strconv.FormatUint(uint64
 
 func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
-// contractMeshes are the networks of one contract that a workload here is on. Names lead to every replica that is
+// contractMeshes are the networks of a contract's revision that a workload here is on. Names lead to every replica that is
 // assigned to a node that is up.
 func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contract.Body) []Mesh {
 	var out []Mesh
@@ -254,7 +309,7 @@ func contractMeshes(v *View, c *ContractView, keys *contract.Keys, body *contrac
 		here := false
 		addrs := map[identity.NodeID][]overlay.Address{}
 		for _, a := range c.Assignments {
-			s, ok := c.Header.Service(a.Service)
+			s, ok := c.service(&a)
 			if !ok || a.Node.IsZero() || !slices.Contains(s.Networks, name) {
 				continue
 			}

@@ -34,6 +34,8 @@ type Workload struct {
 	Replica  uint16
 	Epoch    uint64
 	Revision uint32
+	Old      bool   // it is of the revision before, and will be replaced
+	Trial    *Trial // nil: the ledger does not wait to hear of it
 	Fenced   bool
 	Held     string // why the ledger says that it does not run now; "" runs
 	Keep     string // why no more is known of it than what runs, which goes on and is not started again; "" all is known
@@ -200,6 +202,7 @@ type controller struct {
 	restarts uint32
 	health   *prober
 	noted    string // what the log was told last
+	watch    watch
 }
 
 func (a *Agent) newController(id contract.WorkloadID) *controller {
@@ -309,6 +312,16 @@ func (c *controller) step(ctx context.Context) (time.Duration, error) {
 	c.mu.Lock()
 	w := c.want
 	c.mu.Unlock()
+	again, err := c.keep(ctx, w)
+	look, err2 := c.observe(ctx, w, err)
+	if look > 0 && (again == 0 || look < again) {
+		again = look
+	}
+	return again, errors.Join(err, err2)
+}
+
+// keep does what is next for w.
+func (c *controller) keep(ctx context.Context, w *Workload) (time.Duration, error) {
 	all, err := c.agent.runner.List(ctx)
 	if err != nil {
 		return 0, err
@@ -458,6 +471,9 @@ func (c *controller) publish(w *Workload, state, reason string, healthy bool, co
 	if len(reason) > 200 {
 		reason = reason[:200]
 	}
+	if state == ledger.StateFailed {
+		c.watch.why = reason
+	}
 	r := ledger.Report{
 		Workload: w.ID, Contract: w.Contract, Service: w.Service, Replica: w.Replica, Epoch: w.Epoch, Revision: w.Revision,
 		State: state, Reason: strings.ToValidUTF8(reason, "?"), Restarts: c.restarts, Healthy: healthy, ExitCode: int32(code),
@@ -601,6 +617,8 @@ func detail(err error) string {
 }
 
 const (
+	imageRefused = "image refused: it is malformed, or has another digest"
+
 	notStarted = "it could not be started: its log says why"
 	notUp      = "its network is not up yet"
 )
@@ -608,7 +626,7 @@ const (
 func imageWords(err error) string {
 	switch {
 	case errors.Is(err, sandbox.ErrImage), errors.Is(err, store.ErrDigest), errors.Is(err, seal.ErrSealed):
-		return "image refused: it is malformed, or has another digest"
+		return imageRefused
 	case errors.Is(err, sandbox.ErrFull), errors.Is(err, unix.ENOSPC):
 		return "no room for the image"
 	}

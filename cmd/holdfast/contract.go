@@ -121,8 +121,11 @@ func (a *app) contractBody(ctx context.Context, w io.Writer, u *deploy.User, c *
 
 func showHeader(w io.Writer, c *ledger.Contract, h *contract.Header) {
 	table(w, []string{"contract", c.Name}, []string{"id", c.ID.String()}, []string{"state", stateColour(w, c.State)}, []string{"account", c.Account.String()},
-		[]string{"revision", fmt.Sprintf("%d, of %s", h.Revision, time.Unix(c.Times[len(c.Times)-1-int(c.Revision-h.Revision)], 0).UTC().Format(time.RFC3339))},
+		[]string{"revision", fmt.Sprintf("%d, of %s", h.Revision, time.Unix(c.Times[h.Revision-c.First()], 0).UTC().Format(time.RFC3339))},
 		[]string{"", h.RevisionID().String()}, []string{"body", fmt.Sprintf("%d bytes, sealed", h.SealedSize)})
+	if t := trialText(c, h); t != "" {
+		fmt.Fprintln(w, t)
+	}
 	fmt.Fprintln(w)
 	rows := [][]string{{"SERVICE", "REPLICAS", "CORES", "MEMORY", "VOLUMES", "EGRESS", "PLACEMENT"}}
 	for _, s := range h.Services {
@@ -161,6 +164,22 @@ func showHeader(w io.Writer, c *ledger.Contract, h *contract.Header) {
 	}
 }
 
+// trialText says what the ledger thinks of a revision, where it is not simply good.
+func trialText(c *ledger.Contract, h *contract.Header) string {
+	rev := h.RevisionID()
+	switch f := c.Undone(rev); {
+	case f != nil:
+		return "rolled back: " + f.Where()
+	case rev != c.Current || !c.Trial.On():
+		return ""
+	case c.Trial.Stuck != nil:
+		return "on trial, and stands still: " + c.Trial.Stuck.Where()
+	case c.Trial.From.IsZero():
+		return "on trial: it was not ready everywhere yet, and there is none to go back to"
+	}
+	return fmt.Sprintf("on trial until %s, else revision %d comes back", time.UnixMilli(c.Trial.Until).UTC().Format(time.RFC3339), c.Number(c.Trial.From))
+}
+
 func or(s, otherwise string) string {
 	if s == "" {
 		return otherwise
@@ -178,18 +197,29 @@ func (a *app) contractHistory(ctx context.Context, w io.Writer, u *deploy.User, 
 		ID       contract.RevisionID `json:"id"`
 		Time     time.Time           `json:"time"`
 		Current  bool                `json:"current"`
+		Good     bool                `json:"good"`            // the last one that was ready everywhere
+		Undone   *ledger.Failure     `json:"undone,omitzero"` // why it was rolled back
 	}
 	all := []row{}
-	first := int(c.Revision) - len(c.Revisions) + 1 // the ledger lists the newest ones
+	first := int(c.First()) // the ledger lists the newest ones
 	for i, r := range c.Revisions {
-		all = append(all, row{first + i, r, time.Unix(c.Times[i], 0).UTC(), r == c.Current})
+		all = append(all, row{first + i, r, time.Unix(c.Times[i], 0).UTC(), r == c.Current, r == c.Good, c.Undone(r)})
 	}
 	if a.json {
 		return printJSON(w, all)
 	}
-	rows := [][]string{{"REVISION", "TIME", "ID"}}
+	rows := [][]string{{"REVISION", "TIME", "ID", "STATE"}}
 	for _, r := range all {
-		rows = append(rows, []string{fmt.Sprint(r.Revision), r.Time.Format(time.RFC3339), r.ID.String()})
+		state := ""
+		switch {
+		case r.Undone != nil:
+			state = "rolled back: " + r.Undone.Where()
+		case r.Current && c.Trial.On():
+			state = "current, on trial"
+		case r.Current:
+			state = "current"
+		}
+		rows = append(rows, []string{fmt.Sprint(r.Revision), r.Time.Format(time.RFC3339), r.ID.String(), state})
 	}
 	table(w, rows...)
 	return nil

@@ -160,7 +160,7 @@ func (a *app) deployCmd() *cobra.Command {
 			if wait {
 				wctx, cancel := context.WithTimeout(ctx, timeout)
 				defer cancel()
-				if err := a.wait(wctx, u, cfg, id, pr); err != nil {
+				if err := a.wait(wctx, u, cfg, id, !p.Plan.Empty(), pr); err != nil {
 					return err
 				}
 			}
@@ -224,13 +224,29 @@ func (a *app) unlessProposed(w io.Writer, err error) error {
 
 func (e proposedError) Error() string { return "it is proposed as " + e.p.ID.String() }
 
-// wait follows a contract until all of it runs and answers.
-func (a *app) wait(ctx context.Context, u *deploy.User, cfg *grid.Client, id contract.ID, pr *progress) error {
+// rolledBackError ends a deployment that the grid took back.
+type rolledBackError struct {
+	name string
+	s    *contractStatus
+}
+
+func (e rolledBackError) Error() string {
+	return fmt.Sprintf("%s: %s; `holdfast logs %s` may say more", e.name, e.s.text(), e.name)
+}
+
+// wait follows a contract until all of it runs and answers, or was rolled back.
+func (a *app) wait(ctx context.Context, u *deploy.User, cfg *grid.Client, id contract.ID, changed bool, pr *progress) error {
 	prober := newProber(u.CA, cfg.Gateway)
 	var waiting []string
 	for {
 		s, err := a.collect(ctx, u.Client, prober, id)
 		if err == nil {
+			for i := range s.Contracts {
+				if x := &s.Contracts[i]; changed && x.Undone != nil {
+					pr.done()
+					return rolledBackError{x.Name, x}
+				}
+			}
 			if waiting = unsettled(s); len(waiting) == 0 {
 				pr.done()
 				return nil
@@ -254,6 +270,11 @@ func (a *app) wait(ctx context.Context, u *deploy.User, cfg *grid.Client, id con
 // unsettled lists what is not yet as it should be.
 func unsettled(s *status) []string {
 	var out []string
+	for i := range s.Contracts {
+		if x := &s.Contracts[i]; x.Trial != nil {
+			out = append(out, x.text())
+		}
+	}
 	for _, w := range s.Workloads {
 		if w.Settled {
 			continue

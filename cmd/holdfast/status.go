@@ -51,6 +51,18 @@ type contractStatus struct {
 	Name     string      `json:"name"`
 	Revision int         `json:"revision"`
 	State    string      `json:"state"`
+
+	Trial  *trialStatus    `json:"trial,omitzero"`  // its revision is not known to be good yet, and takes the place of one that is
+	Undone *ledger.Failure `json:"undone,omitzero"` // the newest revision was rolled back, and why
+}
+
+// trialStatus is how far a revision on trial is.
+type trialStatus struct {
+	Ready int             `json:"ready"`
+	Of    int             `json:"of"`
+	From  uint32          `json:"from"` // the revision that comes back if it fails
+	Until time.Time       `json:"until"`
+	Stuck *ledger.Failure `json:"stuck,omitzero"`
 }
 
 type workloadStatus struct {
@@ -138,12 +150,16 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 		if rec == nil {
 			return nil, fmt.Errorf("contract %v: %w", ids[i], ledger.ErrAbsent)
 		}
-		s.Contracts = append(s.Contracts, contractStatus{rec.ID, rec.Name, int(rec.Revision), rec.State})
+		s.Contracts = append(s.Contracts, statusOf(rec, as[i]))
 		if as[i] == nil {
 			continue
 		}
 		for _, x := range as[i].Current {
-			s.Workloads = append(s.Workloads, workload(rec, &x, names[x.Node], reports[x.Workload]))
+			number := rec.Number(as[i].Revision)
+			if x.Old {
+				number = rec.Number(as[i].From)
+			}
+			s.Workloads = append(s.Workloads, workload(rec, number, &x, names[x.Node], reports[x.Workload]))
 		}
 	}
 	routes, err := api.List[string, ledger.Route](ctx, c, ledger.RoutesKey, ledger.RouteKey)
@@ -162,8 +178,38 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	return s, eg.Wait()
 }
 
-// workload joins what the ledger wants with what the node that is assigned says.
-func workload(rec *ledger.Contract, x *ledger.Assignment, n *ledger.Node, reports []ledger.Report) workloadStatus {
+// statusOf is what the ledger has of a contract.
+func statusOf(rec *ledger.Contract, as *ledger.Assignments) contractStatus {
+	s := contractStatus{ID: rec.ID, Name: rec.Name, Revision: int(rec.Revision), State: rec.State}
+	if f := rec.Undone(rec.Revisions[len(rec.Revisions)-1]); f != nil {
+		s.Undone = f
+	}
+	if t := rec.Trial; t.On() && !t.From.IsZero() && as != nil {
+		s.Trial = &trialStatus{Of: len(as.Current), From: rec.Number(t.From), Until: time.UnixMilli(t.Until).UTC(), Stuck: t.Stuck}
+		for _, a := range as.Current {
+			if a.Ready {
+				s.Trial.Ready++
+			}
+		}
+	}
+	return s
+}
+
+// text is what is to be said of a contract beside its state.
+func (s *contractStatus) text() string {
+	switch t := s.Trial; {
+	case t != nil && t.Stuck != nil:
+		return fmt.Sprintf("revision %d is on trial and stands still: %s", s.Revision, t.Stuck.Where())
+	case t != nil:
+		return fmt.Sprintf("revision %d is on trial: %d of %d are ready", s.Revision, t.Ready, t.Of)
+	case s.Undone != nil:
+		return fmt.Sprintf("revision %d was rolled back to %d: %s", s.Undone.Number, s.Revision, s.Undone.Where())
+	}
+	return ""
+}
+
+// workload joins what the ledger wants, of the revision with that number, with what the node that is assigned says.
+func workload(rec *ledger.Contract, number uint32, x *ledger.Assignment, n *ledger.Node, reports []ledger.Report) workloadStatus {
 	w := workloadStatus{
 		Name: fmt.Sprintf("%s/%s-%d", rec.Name, x.Service, x.Replica), ID: x.Workload, Contract: rec.ID, Service: x.Service, Replica: int(x.Replica), Epoch: x.Epoch,
 		State: "assigned", Reason: x.Reason,
@@ -180,7 +226,7 @@ func workload(rec *ledger.Contract, x *ledger.Assignment, n *ledger.Node, report
 		return w
 	}
 	for _, r := range reports {
-		if r.Epoch == x.Epoch && r.Revision == rec.Revision {
+		if r.Epoch == x.Epoch && r.Revision == number {
 			w.State, w.Reason, w.Restarts = printable([]byte(r.State)), printable([]byte(r.Reason)), r.Restarts // a farmer's words
 			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
 		}
@@ -293,6 +339,11 @@ func (a *app) statusCmd() *cobra.Command {
 				rows = append(rows, []string{x.Name, fmt.Sprint(x.Revision), stateColour(w, x.State), x.ID.Short()})
 			}
 			table(w, rows...)
+			for _, x := range s.Contracts {
+				if t := x.text(); t != "" {
+					fmt.Fprintf(w, "%s: %s\n", x.Name, t)
+				}
+			}
 			showWorkloads(w, s)
 			showRoutes(w, s)
 			return nil

@@ -80,6 +80,7 @@ func TestGrid(t *testing.T) {
 	}{
 		{"what runs sees what it was given", sees},
 		{"deploying again changes nothing", again},
+		{"a bad revision is rolled back", rolledBack},
 		{"blobs are dispersed", dispersed},
 		{"1 scans find nothing", scans},
 		{"2 the wire shows nothing", wire},
