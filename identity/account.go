@@ -20,6 +20,7 @@ const (
 	ActCancel       Act = "cancel"        // the end of a contract, and taking that back
 	ActPause        Act = "pause"         // stopping a contract's workloads, and starting them again; else as cancel
 	ActPublish      Act = "publish"       // a template
+	ActSignImage    Act = "sign-image"    // vouching for an image, and taking that back
 	ActApprove      Act = "approve"       // consenting to what another account proposes
 	ActPolicy       Act = "change-policy" // needs what every rule and every approval of the policy needs
 	ActReadLogs     Act = "read-logs"     // a workload's output
@@ -43,8 +44,8 @@ const (
 // Acts are all acts that a rule or an approval can name.
 func Acts() []Act {
 	return []Act{
-		ActDefault, ActCreate, ActRevise, ActScale, ActRoute, ActCancel, ActPause, ActPublish, ActApprove, ActPolicy, ActReadLogs, ActAdmitFarm,
-		ActAdmitNode, ActAdmitGateway, ActSetQuota,
+		ActDefault, ActCreate, ActRevise, ActScale, ActRoute, ActCancel, ActPause, ActPublish, ActSignImage, ActApprove, ActPolicy, ActReadLogs,
+		ActAdmitFarm, ActAdmitNode, ActAdmitGateway, ActSetQuota,
 	}
 }
 
@@ -181,6 +182,7 @@ type Rule struct {
 type Policy struct {
 	Rules     []Rule     `cbor:"1,keyasint" json:"rules"`
 	Approvals []Approval `cbor:"2,keyasint,omitempty" json:"approvals,omitempty"` // what others have a say in
+	Bounds    Bounds     `cbor:"3,keyasint,omitzero" json:"bounds,omitzero"`      // what contracts may look like
 }
 
 // SingleDevice is the policy under which any one device may do everything.
@@ -240,6 +242,9 @@ func (a *Account) Validate() error {
 		return errors.New("policy has no default rule")
 	}
 	if err := ValidateApprovals(a.Policy.Approvals); err != nil {
+		return fmt.Errorf("policy: %w", err)
+	}
+	if err := a.Policy.Bounds.validate(); err != nil {
 		return fmt.Errorf("policy: %w", err)
 	}
 	return nil

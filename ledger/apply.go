@@ -187,6 +187,8 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActPolicy}
 	case KindTemplate:
 		return []identity.Act{identity.ActPublish}
+	case KindImageSign:
+		return []identity.Act{identity.ActSignImage}
 	case KindConsent:
 		return []identity.Act{identity.ActApprove}
 	case KindEnvelopePut:
@@ -232,6 +234,8 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *AccountPolicy) error { return b.accountPolicy(who, p) })
 	case KindTemplate:
 		return with(tx, func(p *TemplatePublish) error { return b.templatePublish(who, p) })
+	case KindImageSign:
+		return with(tx, func(p *ImageSign) error { return b.imageSign(who, p) })
 	case KindConsent:
 		return with(tx, func(p *Consent) error { return b.consent(who, p) })
 	case KindWithdraw:
@@ -500,6 +504,9 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	}
 	act := h.Act(was)
 	if err := who.allowed(h.Account, act); err != nil {
+		return err
+	}
+	if err := within(who.account, h); err != nil {
 		return err
 	}
 	for i := range h.Approvals {

@@ -95,6 +95,11 @@ func (b *batch) contractState(who *signers, p *ContractState) error {
 	if err != nil {
 		return err
 	}
+	if p.State == Active && c.State != Cancelling { // what stands still begins again, by the policy as it is now
+		if err := within(who.account, h); err != nil {
+			return err
+		}
+	}
 	if c.State == Cancelled {
 		if err := b.revive(c, h); err != nil {
 			return err

@@ -326,6 +326,11 @@ func (b *batch) accountPolicy(who *signers, p *AccountPolicy) error {
 			}
 		}
 	}
+	for _, id := range p.Policy.Bounds.Signers {
+		if _, ok := b.tree.get(AccountKey(id)); !ok {
+			return fmt.Errorf("signer %v: %w", id, ErrAbsent)
+		}
+	}
 	if err := who.agreed(identity.ActPolicy); err != nil {
 		return err
 	}

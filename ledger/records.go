@@ -126,8 +126,12 @@ func TemplateKey(a identity.AccountID, name, version string) string {
 	return "template/" + string(a[:]) + name + "@" + version
 }
 func TemplatesKey(id identity.AccountID) string { return "account-templates/" + string(id[:]) } // []string, NAME@VERSION in order of publication
-func AskedKey(id identity.AccountID) string     { return "account-asked/" + string(id[:]) }     // []ProposalID that are open and ask it
-func ProposalsKey(id identity.AccountID) string { return "account-proposals/" + string(id[:]) } // []ProposalID that are open
+func ImageSignatureKey(a identity.AccountID, manifest [32]byte) string {
+	return "image-signature/" + string(a[:]) + string(manifest[:])
+}
+func ImageSignaturesKey(id identity.AccountID) string { return "account-signatures/" + string(id[:]) } // [][]byte, digests in order
+func AskedKey(id identity.AccountID) string           { return "account-asked/" + string(id[:]) }      // []ProposalID that are open and ask it
+func ProposalsKey(id identity.AccountID) string       { return "account-proposals/" + string(id[:]) }  // []ProposalID that are open
 func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
 }

@@ -29,6 +29,7 @@ const (
 	KindContractCancel Kind = "contract.cancel"  // ContractCancel, by the contract's account
 	KindContractState  Kind = "contract.state"   // ContractState, by the contract's account
 	KindTemplate       Kind = "template.publish" // TemplatePublish, by the account whose template it is
+	KindImageSign      Kind = "image.sign"       // ImageSign, by the account whose signature it is
 	KindConsent        Kind = "consent"          // Consent, by a party of what is proposed
 	KindWithdraw       Kind = "withdraw"         // Withdraw, by the account that proposed
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
@@ -243,6 +244,12 @@ type TemplatePublish struct {
 	Version string   `cbor:"2,keyasint"`
 	Digest  [32]byte `cbor:"3,keyasint"` // SHA-256 of the document
 	Size    uint32   `cbor:"4,keyasint"` // bytes
+}
+
+// ImageSign puts an account's signature on an image, or takes it back.
+type ImageSign struct {
+	Digest [32]byte `cbor:"1,keyasint"` // SHA-256 of the manifest
+	Revoke bool     `cbor:"2,keyasint,omitempty"`
 }
 
 // Consent is an account's word to a proposal: the ID is a digest of all that the proposal does.

@@ -159,6 +159,14 @@ func life(t *testing.T) (*vectors, *State) {
 	dropped := ProposalID(apply(KindAccountPolicy, owner, &AccountPolicy{identity.SingleDevice()}, user))
 	apply(KindWithdraw, owner, &Withdraw{dropped}, user)
 	v.add("root.cancelled", func() []byte { r := s.Root(); return r[:] }())
+	apply(KindImageSign, owner, &ImageSign{Digest: [32]byte{9}}, user)
+	raw, _ = s.tree.get(ImageSignatureKey(owner.ID, [32]byte{9}))
+	v.add("record.image-signature", raw)
+	v.add("image.revoke", canonical.Encode(&ImageSign{[32]byte{9}, true}))
+	bounded := identity.Policy{Rules: identity.SingleDevice().Rules, Bounds: identity.Bounds{
+		Farms: []string{"farm-1"}, Spread: true, NoEgress: true, Routes: []string{"example.com"}, Registries: []string{"docker.io/library"}, Signers: []identity.AccountID{owner.ID},
+	}}
+	v.add("policy.bounds", canonical.Encode(&bounded))
 
 	beat := &Heartbeat{Grid: id, Node: node, Sequence: 1_800_000_000_000_000_001, Workloads: []Report{{
 		Workload: contract.WorkloadOf(h.ContractID(), "db", 0), Contract: h.ContractID(), Service: "db", Epoch: 1, Revision: 1, State: StateFailed, Reason: "out of memory",
