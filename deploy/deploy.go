@@ -124,6 +124,7 @@ type Proposal struct {
 	Document *contract.Document
 	Current  *Current // nil: a new contract
 	Plan     contract.Plan
+	Breaches []contract.Breach  // where it leaves the bounds of the account's policy: it cannot be submitted
 	sources  map[string]*Source // by service
 }
 
@@ -167,14 +168,14 @@ func (u *User) Propose(ctx context.Context, doc *contract.Document, path string)
 		p.sources[s.Name] = src
 		s.Image = contract.Image{Reference: src.Reference, Manifest: src.Manifest}
 	}
-	if err := u.compare(p); err != nil {
+	if err := u.compare(ctx, p); err != nil {
 		return nil, err
 	}
 	return p, nil
 }
 
-// compare makes the plan of a proposal.
-func (u *User) compare(p *Proposal) error {
+// compare makes the plan of a proposal, and finds what the account's policy does not allow.
+func (u *User) compare(ctx context.Context, p *Proposal) error {
 	doc := p.Document
 	var oldH *contract.Header
 	var oldB *contract.Body
@@ -196,7 +197,9 @@ func (u *User) compare(p *Proposal) error {
 			}
 		}
 	}
-	return nil
+	var err error
+	p.Breaches, err = u.outside(ctx, u.Account, &doc.Header, &doc.Body)
+	return err
 }
 
 // Progress tells what Submit is doing.
@@ -225,6 +228,9 @@ func (p place) Put(ctx context.Context, d store.Digest, size int64, r io.Reader)
 func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress Progress) (*Submitted, error) {
 	if progress == nil {
 		progress = func(string, int64, int64) {}
+	}
+	if len(p.Breaches) > 0 {
+		return nil, OutsideError(p.Breaches)
 	}
 	var total, done int64
 	counted, known := map[string]bool{}, map[string]contract.Blob{}

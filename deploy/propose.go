@@ -84,7 +84,8 @@ type Review struct {
 	Header   *contract.Header // of the revision that is proposed, if one is
 	Body     *contract.Body
 	Plan     contract.Plan
-	Blind    bool // nobody gave the account the keys of the current revision: the plan shows all as new
+	Breaches []contract.Breach // where the revision leaves the bounds of its account's policy: nobody is to consent
+	Blind    bool              // nobody gave the account the keys of the current revision: the plan shows all as new
 }
 
 // ErrSealed is returned for a proposal that the account cannot open.
@@ -135,7 +136,8 @@ func (u *User) Review(ctx context.Context, id ledger.ProposalID) (*Review, error
 		}
 	}
 	r.Plan = contract.Diff(oldH, oldB, r.Header, r.Body)
-	return r, nil
+	r.Breaches, err = u.outside(ctx, p.Account, r.Header, r.Body)
+	return r, err
 }
 
 // current opens a contract's current revision, whosever it is; ErrAbsent: with no envelope for the account.
@@ -194,6 +196,9 @@ func (u *User) SealedBody(ctx context.Context, h *contract.Header) ([]byte, erro
 
 // Consent gives the account's word to a proposal, which Review has shown. It says whether that was enough.
 func (u *User) Consent(ctx context.Context, r *Review) (left *ledger.Proposal, err error) {
+	if len(r.Breaches) > 0 {
+		return nil, OutsideError(r.Breaches)
+	}
 	if _, err := u.act(ctx, ledger.KindConsent, &ledger.Consent{Proposal: r.Proposal.ID}); err != nil {
 		return nil, err
 	}

@@ -50,7 +50,7 @@ func (u *User) ProposeRollback(ctx context.Context, c *ledger.Contract, number i
 	}
 	p.Document = doc
 	for _, check := range []func() error{
-		func() error { return u.imagesKept(ctx, doc) }, func() error { return u.routesFree(ctx, c.ID, doc) }, func() error { return u.compare(p) },
+		func() error { return u.imagesKept(ctx, doc) }, func() error { return u.routesFree(ctx, c.ID, doc) }, func() error { return u.compare(ctx, p) },
 	} {
 		if err := check(); err != nil {
 			return nil, fmt.Errorf("revision %d: %w", number, err)

@@ -111,7 +111,7 @@ func TestRollbackRefuses(t *testing.T) {
 	bigger.Header = new(contract.Header)
 	*bigger.Header = *old.Header
 	bigger.Header.Volumes = []contract.Volume{{Name: "data", Size: 2 * old.Header.Volumes[0].Size}}
-	if err := s.user.compare(&Proposal{Document: doc, Current: &bigger}); err == nil || !strings.Contains(err.Error(), "a volume's size cannot change") {
+	if err := s.user.compare(t.Context(), &Proposal{Document: doc, Current: &bigger}); err == nil || !strings.Contains(err.Error(), "a volume's size cannot change") {
 		t.Errorf("a volume would shrink: %v", err)
 	}
 }

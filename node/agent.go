@@ -63,6 +63,7 @@ type Agent struct {
 	cfg     Config
 	log     *slog.Logger
 	client  *api.Client
+	ledger  api.Reader // client
 	blobs   *store.Dir
 	runner  *sandbox.Runner
 	volumes *volume.Manager
@@ -101,6 +102,7 @@ type opened struct {
 	keys  *contract.Keys
 	body  *contract.Body
 	certs map[string]*tls.Config // by host; guarded by Agent.mu
+	bars  map[string]*bar        // of services, as they were read last; nil: they never were. Of the view's loop alone
 }
 
 // mesh is a running overlay network.
@@ -123,7 +125,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		pruned: time.Now(), // what was unpacked before this start may be about to be used again
-		cfg:    cfg, log: cfg.Log, client: cfg.Client,
+		cfg:    cfg, log: cfg.Log, client: cfg.Client, ledger: cfg.Client,
 		blobs:   store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
 		lease:   &lease{path: filepath.Join(cfg.Run, "lease")},
 		beat:    make(chan struct{}, 1),
@@ -423,6 +425,9 @@ func (a *Agent) specs(ctx context.Context, v *View, adopted map[contract.Workloa
 			continue
 		}
 		s.opened[c.Revision] = o
+		if err := a.judge(ctx, c, o); err != nil {
+			errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
+		}
 		for _, m := range contractMeshes(v, c, o.keys, o.body) {
 			// Two revisions of a contract share its networks.
 			if !slices.ContainsFunc(s.meshes, func(x Mesh) bool { return x.Network == m.Network }) {
@@ -484,7 +489,7 @@ func (a *Agent) open(ctx context.Context, c *ContractView) (*opened, error) {
 	} else if err != nil {
 		return nil, &failure{"the body is not a valid one", err}
 	}
-	return &opened{keys, body, map[string]*tls.Config{}}, nil
+	return &opened{keys: keys, body: body, certs: map[string]*tls.Config{}}, nil
 }
 
 // complete refuses keys that lack one which the header asks for. Read from a map, a missing key is 32 zero bytes, which
@@ -610,7 +615,7 @@ func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 		w := &Workload{
 			ID: as.Workload, Contract: c.Record.ID, Name: fmt.Sprintf("%s/%s-%d", c.Record.Name, as.Service, as.Replica),
 			Service: as.Service, Replica: as.Replica, Epoch: as.Epoch, Revision: c.Header.Revision, Fenced: as.Fenced,
-			Process: p, Limits: *s, Held: held(v, &as), Old: as.Old, Trial: trialOf(c, &as, s),
+			Process: p, Limits: *s, Held: held(v, &as), Barred: o.bars[as.Service], Old: as.Old, Trial: trialOf(c, &as, s),
 		}
 		for _, name := range s.Volumes {
 			if rec := c.Volumes[name]; rec != nil {

@@ -373,6 +373,7 @@ func TestABadContractHoldsUpNoOther(t *testing.T) {
 	r.put(ledger.NodesKey, []identity.NodeID{self.ID})
 	r.put(ledger.NodeKey(self.ID), self)
 	r.put(ledger.NodeWorkKey(self.ID), []contract.ID{bad.Record.ID, good.Record.ID})
+	r.put(ledger.AccountKey(good.Header.Account), &identity.Account{ID: good.Header.Account})
 	for _, d := range []*deployed{good, bad} {
 		r.put(ledger.ContractKey(d.Record.ID), d.Record)
 		r.put(ledger.AssignmentsKey(d.Record.ID), &ledger.Assignments{Revision: d.Revision, Current: d.Assignments})

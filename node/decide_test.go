@@ -44,6 +44,10 @@ func TestDecide(t *testing.T) {
 		s.Reason = why
 		return s
 	}
+	barred := func(w *Workload) { w.Barred = &bar{barSigner, ""} }
+	of := func(epoch uint64) sandbox.Status {
+		return sandbox.Status{ID: "old", State: sandbox.Running, Labels: labels(&Workload{Epoch: epoch})}
+	}
 	held := func(w *Workload) { w.Held = "volume on node-2" }
 	for _, tc := range []struct {
 		name  string
@@ -77,10 +81,21 @@ func TestDecide(t *testing.T) {
 		{"what cannot be opened is not started again", work(kept), observed{leaseOK: true, now: now, instances: is(ended(1, time.Minute, time.Hour))}, nil, false, ledger.StateWaiting},
 		{"what cannot be opened ends with its lease", work(kept, fenced), observed{instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
 		{"a watchdog's end is not the process's", work(policy("no")), observed{leaseOK: true, now: now, instances: is(because(sandbox.ReasonLease))}, []string{"new"}, true, ledger.StateFailed},
+		{"what is out of bounds is not started", work(barred), observed{leaseOK: true}, nil, false, ledger.StateWaiting},
+		{"what is out of bounds now goes on", work(barred), observed{leaseOK: true, instances: is(running)}, nil, false, ledger.StateRunning},
+		{"and is not started again", work(barred), observed{leaseOK: true, now: now, instances: is(ended(1, time.Minute, time.Hour))}, nil, false, ledger.StateWaiting},
+		{"nor after its health check failed, which is no end then", work(barred), observed{leaseOK: true, unhealthy: true, instances: is(running)}, nil, false, ledger.StateRunning},
+		{"without its volume it ends", work(barred), observed{leaseOK: true, volumeLost: true, instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"out of bounds it takes no revision's place", work(barred), observed{leaseOK: true, instances: is(of(0))}, nil, false, ledger.StateWaiting},
+		{"whatever it depends on", work(barred), observed{leaseOK: true, dependency: "db", instances: is(of(0))}, nil, false, ledger.StateWaiting},
+		{"but what is of an old epoch ends", work(barred, func(w *Workload) { w.Epoch = 1 }), observed{leaseOK: true, instances: is(of(0))}, []string{"old"}, false, ledger.StateWaiting},
+		{"and what has no lease", work(barred, fenced), observed{instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"and what the ledger holds", work(barred, held), observed{leaseOK: true, instances: is(running)}, []string{"new"}, false, ledger.StateWaiting},
+		{"a job that is done is done", work(barred, policy("no")), observed{leaseOK: true, now: now, instances: is(ended(0, time.Second, time.Hour))}, nil, false, ledger.StateExited},
 		{"nor is its shim's death", work(policy("on-failure")), observed{leaseOK: true, now: now, instances: is(because(sandbox.ReasonShim))}, []string{"new"}, true, ledger.StateFailed},
 	} {
 		s := decide(tc.want, tc.o)
-		if !reflect.DeepEqual(s.stop, tc.stop) || s.start != tc.start || s.state != tc.state {
+		if !slices.Equal(s.stop, tc.stop) || s.start != tc.start || s.state != tc.state {
 			t.Errorf("%s: stop %v, start %v, state %q (%s)", tc.name, s.stop, s.start, s.state, s.reason)
 		}
 	}

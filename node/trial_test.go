@@ -46,6 +46,7 @@ func TestATrialIsJudged(t *testing.T) {
 		{"it is a job that is done", plain, []seen{{ledger.Report{State: ledger.StateExited}, nil, 0}}, trialVerdict{ready: true}},
 		{"it is a job that failed", plain, []seen{{ledger.Report{State: ledger.StateExited, ExitCode: 2, Reason: "exit code 2"}, nil, 0}}, trialVerdict{failed: "exit code 2"}},
 		{"its image is another", plain, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: imageRefused}, errNoBody, 0}}, trialVerdict{failed: imageRefused}},
+		{"its image is out of bounds", &Workload{Instance: "a", Process: plain.Process, Trial: plain.Trial, Barred: &bar{barSigner, "which"}}, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: barSigner}, nil, 0}}, trialVerdict{failed: barSigner}},
 		{"its image is not there yet", plain, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: "the image cannot be had"}, errNoBody, 0}}, trialVerdict{}},
 	} {
 		var w watch
@@ -114,6 +115,7 @@ func TestTwoRevisionsOfAContract(t *testing.T) {
 	} {
 		r.put(k, v)
 	}
+	r.put(ledger.AccountKey(first.Header.Account), &identity.Account{ID: first.Header.Account})
 	r[ledger.RevisionKey(first.Revision)], r[ledger.RevisionKey(second.Revision)] = first.Header.Encode(), second.Header.Encode()
 	v, err := ReadView(t.Context(), r, first.Header.Grid, self.ID)
 	if err != nil || len(v.Contracts) != 2 || v.Contracts[0].Old || !v.Contracts[1].Old {

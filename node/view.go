@@ -34,6 +34,7 @@ type View struct {
 type ContractView struct {
 	Old         bool // of the revision before
 	Record      *ledger.Contract
+	Bounds      identity.Bounds // of its account's policy, now
 	Header      *contract.Header
 	Other       *contract.Header // of the other revision, while one takes the place of the other; else nil
 	Revision    contract.RevisionID
@@ -124,6 +125,11 @@ func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) ([
 	if err != nil {
 		return nil, err
 	}
+	owner, err := api.Get[identity.Account](ctx, r, ledger.AccountKey(rec.Account))
+	if err != nil {
+		return nil, fmt.Errorf("%v: %w", rec.Account, err)
+	}
+	c.Bounds = owner.Policy.Bounds
 	out := []*ContractView{c}
 	if !slices.ContainsFunc(as.Current, func(a ledger.Assignment) bool { return a.Old }) {
 		return out, nil
@@ -136,7 +142,7 @@ func readContract(ctx context.Context, r api.Reader, id contract.ID, v *View) ([
 		if err != nil {
 			return nil, err
 		}
-		old.Other = c.Header
+		old.Other, old.Bounds = c.Header, c.Bounds
 		out = append(out, old)
 	}
 	return out, nil

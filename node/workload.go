@@ -38,6 +38,7 @@ type Workload struct {
 	Trial    *Trial // nil: the ledger does not wait to hear of it
 	Fenced   bool
 	Held     string // why the ledger says that it does not run now; "" runs
+	Barred   *bar   // why no start of it is within the bounds of its account's policy; what runs goes on. nil: it may start
 	Keep     string // why no more is known of it than what runs, which goes on and is not started again; "" all is known
 	Process  *contract.Process
 	Limits   contract.Service
@@ -107,7 +108,7 @@ func decide(w *Workload, o observed) step {
 	case have && cur.State == sandbox.Running && o.volumeLost && w.Keep == "":
 		s.stop = append(s.stop, w.Instance)
 		s.state, s.reason, s.start, s.restart = ledger.StateFailed, "its volume failed", true, true
-	case have && cur.State == sandbox.Running && o.unhealthy:
+	case have && cur.State == sandbox.Running && o.unhealthy && w.Barred == nil: // else its end would be for good
 		s.stop = append(s.stop, w.Instance)
 		s.state, s.reason, s.start, s.restart = ledger.StateFailed, "health check failed", true, true
 	case have && cur.State == sandbox.Running:
@@ -124,10 +125,23 @@ func decide(w *Workload, o observed) step {
 			break
 		}
 		s.stop, s.start, s.restart = append(s.stop, w.Instance), true, true
-	case o.dependency != "":
+	case o.dependency != "" && w.Barred == nil:
 		s.state, s.reason, s.again = ledger.StateWaiting, "a dependency is not met", 300*time.Millisecond
 	default:
 		s.state, s.start = ledger.StateStarting, true
+	}
+	switch {
+	case w.Barred == nil:
+	case s.state == ledger.StateRunning:
+		s.reason = "it is not started again: " + w.Barred.words
+	case s.start:
+		s.start, s.restart, s.state, s.reason = false, false, ledger.StateWaiting, w.Barred.words
+		// What nothing takes the place of goes on, be it of the revision before.
+		s.stop = slices.DeleteFunc(s.stop, func(id string) bool {
+			st := o.instances[id]
+			old := adopt(&st)
+			return id == w.Instance && !o.volumeLost || id != w.Instance && st.State == sandbox.Running && old != nil && old.Epoch == w.Epoch
+		})
 	}
 	return s
 }
@@ -346,6 +360,9 @@ func (c *controller) keep(ctx context.Context, w *Workload) (time.Duration, erro
 	s := decide(w, o)
 	if o.dependency != "" && s.state == ledger.StateWaiting {
 		c.note(w, "waits for "+o.dependency)
+	}
+	if w != nil && w.Barred != nil && s.state == ledger.StateWaiting && s.reason == w.Barred.words {
+		c.note(w, w.Barred.detail)
 	}
 	if s.start && w != nil {
 		// What takes long and disturbs nobody comes before the stop of what runs.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"holdfast/api"
 	"holdfast/deploy"
@@ -67,8 +68,29 @@ func (a *app) accountShowCmd() *cobra.Command {
 				fmt.Fprintln(w)
 				table(w, rows...)
 			}
+			if words := acct.Policy.Bounds.Words(); len(words) > 0 {
+				fmt.Fprintln(w, "\nwhat contracts may look like:")
+				for _, s := range words {
+					fmt.Fprintln(w, " ", s)
+				}
+			}
 			return nil
 		},
+	}
+}
+
+// showBounds says how bounds would change.
+func showBounds(w io.Writer, was, is *identity.Bounds) {
+	old, now := was.Words(), is.Words()
+	for _, s := range old {
+		if !slices.Contains(now, s) {
+			fmt.Fprintln(w, "- bound:", s)
+		}
+	}
+	for _, s := range now {
+		if !slices.Contains(old, s) {
+			fmt.Fprintln(w, "+ bound:", s)
+		}
 	}
 }
 
@@ -111,7 +133,7 @@ func (a *app) accountPolicyCmd() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
 		Use: "policy FILE", Short: "Propose another policy for your account", Args: asUsed,
-		Long:    "FILE is JSON, as holdfast account show --json prints it under policy. What the old policy asks for decides, in all its rules\nand approvals; and it takes effect after a while (a day, or what the grid says), in which it can be taken back.",
+		Long:    "FILE is JSON, as holdfast account show --json prints it under policy. What the old policy asks for decides, in all its rules\nand approvals; and it takes effect after a while (a day, or what the grid says), in which it can be taken back.\n\nUnder bounds it says what contracts may look like: farms, spread (over farms), noEgress, routes (domains), which the ledger\nholds every revision to; registries, signers (accounts that must have signed each image), which clients and nodes do.\n  {\"rules\": [{\"act\": \"default\", \"threshold\": 1}], \"bounds\": {\"farms\": [\"north\"], \"noEgress\": true,\n   \"registries\": [\"docker.io/library\"], \"signers\": [\"acct1…\"]}}",
 		Example: "  holdfast account show --json | jq .policy > policy.json\n  holdfast account policy policy.json\n  holdfast contract withdraw prop1…                # takes it back",
 	}
 	cmd.RunE = a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
@@ -130,10 +152,17 @@ func (a *app) accountPolicyCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		p.Bounds.Sort()
+		was := acct.Policy.Bounds
 		acct.Policy = p
 		if err := acct.Validate(); err != nil {
 			return fmt.Errorf("%s: %w", args[0], err)
 		}
+		out := w
+		if a.json { // standard output is for the end
+			out = cmd.ErrOrStderr()
+		}
+		showBounds(out, &was, &p.Bounds)
 		if !yes {
 			if err := confirm(cmd, fmt.Sprintf("propose %d rules and %d approvals?", len(p.Rules), len(p.Approvals))); err != nil {
 				return err

@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"strings"
 	"time"
 
+	"holdfast/api"
 	"holdfast/deploy"
 	"holdfast/identity"
 	"holdfast/ledger"
@@ -130,10 +132,17 @@ func (a *app) contractApproveCmd() *cobra.Command {
 			}
 		}
 		if dry {
-			if a.json {
-				return printJSON(w, r.Proposal)
+			var out error
+			if len(r.Breaches) > 0 {
+				out = deploy.OutsideError(r.Breaches)
 			}
-			return nil
+			if a.json {
+				return errors.Join(printJSON(w, r.Proposal), out)
+			}
+			return out
+		}
+		if len(r.Breaches) > 0 {
+			return deploy.OutsideError(r.Breaches)
 		}
 		if !yes {
 			if err := confirm(cmd, "consent to this?"); err != nil {
@@ -204,8 +213,24 @@ func (a *app) showReview(ctx context.Context, w io.Writer, u *deploy.User, r *de
 		if err != nil {
 			return err
 		}
+		acct, err := api.Get[identity.Account](ctx, u.Client, ledger.AccountKey(p.Account))
+		if err != nil {
+			return fmt.Errorf("%v: %w", p.Account, err)
+		}
+		showBounds(w, &acct.Policy.Bounds, &s.Policy.Bounds)
 		fmt.Fprintln(w, "its policy would be:")
 		return printJSON(w, s.Policy)
+	case ledger.KindImageSign:
+		s, err := ledger.Payload[ledger.ImageSign](r.Tx)
+		if err != nil {
+			return err
+		}
+		text := "its signature on image sha256:%x\n"
+		if s.Revoke {
+			text = "to take back " + text
+		}
+		fmt.Fprintf(w, text, s.Digest)
+		return nil
 	}
 	return fmt.Errorf("this program cannot show a %s: use a newer one", r.Tx.Kind)
 }

@@ -108,27 +108,33 @@ func (a *app) planCmd() *cobra.Command {
 	return cmd
 }
 
+// showPlan shows what a proposal changes. It fails when the account's policy does not allow that.
 func (a *app) showPlan(w io.Writer, p *deploy.Proposal) error {
+	var out error
+	if len(p.Breaches) > 0 {
+		out = deploy.OutsideError(p.Breaches)
+	}
 	if a.json {
 		notes := p.Document.Notes
 		if notes == nil {
 			notes = []string{}
 		}
-		return printJSON(w, struct {
-			Name  string        `json:"name"`
-			Plan  contract.Plan `json:"plan"`
-			Notes []string      `json:"notes"`
-		}{p.Document.Name, p.Plan, notes})
+		return errors.Join(printJSON(w, struct {
+			Name     string            `json:"name"`
+			Plan     contract.Plan     `json:"plan"`
+			Notes    []string          `json:"notes"`
+			Breaches []contract.Breach `json:"breaches,omitempty"`
+		}{p.Document.Name, p.Plan, notes, p.Breaches}), out)
 	}
 	fmt.Fprint(w, p.Plan.Text())
 	for _, n := range p.Document.Notes {
 		fmt.Fprintln(w, "note:", n)
 	}
-	return nil
+	return out
 }
 
 func (a *app) deployCmd() *cobra.Command {
-	var yes, wait bool
+	var yes, wait, dry bool
 	var src source
 	var timeout time.Duration
 	cmd := &cobra.Command{
@@ -145,6 +151,9 @@ func (a *app) deployCmd() *cobra.Command {
 			p, err := u.Propose(ctx, doc, args[0])
 			if err != nil {
 				return err
+			}
+			if dry {
+				return a.showPlan(out, p)
 			}
 			pr := newProgress(cmd.ErrOrStderr())
 			defer pr.done()
@@ -169,6 +178,7 @@ func (a *app) deployCmd() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
+	f.BoolVar(&dry, "dry-run", false, "show what it would change, and change nothing: as plan")
 	f.BoolVar(&wait, "wait", false, "follow until it runs and its routes answer")
 	f.DurationVar(&timeout, "timeout", 5*time.Minute, "how long --wait waits")
 	src.flags(cmd)
@@ -182,6 +192,9 @@ func (a *app) submit(cmd *cobra.Command, u *deploy.User, p *deploy.Proposal, yes
 		if err := a.showPlan(out, p); err != nil {
 			return contract.ID{}, err
 		}
+	}
+	if len(p.Breaches) > 0 {
+		return contract.ID{}, deploy.OutsideError(p.Breaches)
 	}
 	if !yes {
 		if a.json { // standard output is for the end

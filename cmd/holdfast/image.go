@@ -16,8 +16,8 @@ import (
 )
 
 func (a *app) imageCmd() *cobra.Command {
-	cmd := group(&cobra.Command{Use: "image", Short: "Build, look into and boot what a node boots"})
-	cmd.AddCommand(a.imageBuildCmd(), a.imageShowCmd(), a.imageRunCmd())
+	cmd := group(&cobra.Command{Use: "image", Short: "Build, look into and boot what a node boots; sign the images of containers"})
+	cmd.AddCommand(a.imageBuildCmd(), a.imageShowCmd(), a.imageRunCmd(), a.imageSignCmd(), a.imageRevokeCmd(), a.imageSignaturesCmd())
 	return cmd
 }
 
