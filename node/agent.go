@@ -71,6 +71,7 @@ type Agent struct {
 	origin  *gateway.Origin
 	lease   *lease
 	view    *reconcile.Loop
+	upkeep  *reconcile.Loop
 	beat    chan struct{}
 	ownTLS  *tls.Config
 	handler http.Handler
@@ -82,12 +83,17 @@ type Agent struct {
 
 	unpacking sync.RWMutex // held for reading from the first layer until the controller keeps the image
 
+	// Of the upkeep's loop alone.
+	buried time.Time              // when images of retired volumes were last looked for
+	handed map[*ContractView]bool // whose keys were handed on, of the view that was seen last
+
 	mu       sync.Mutex
 	pruned   time.Time
-	buried   time.Time // when images of retired volumes were last looked for; the loop's alone
+	placed   bool // every workload has had its controller once
 	current  *View
 	location *location.Server // nil while it does not run
 	bodies   map[contract.RevisionID]*opened
+	coming   map[store.Digest]*coming
 	control  map[contract.WorkloadID]*controller
 	wanted   map[contract.WorkloadID]*Workload
 	meshes   map[string]*mesh
@@ -126,10 +132,10 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		pruned: time.Now(), // what was unpacked before this start may be about to be used again
 		cfg:    cfg, log: cfg.Log, client: cfg.Client, ledger: cfg.Client,
-		blobs:   store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
-		lease:   &lease{path: filepath.Join(cfg.Run, "lease")},
-		beat:    make(chan struct{}, 1),
-		bodies:  map[contract.RevisionID]*opened{},
+		blobs:  store.NewDir(filepath.Join(cfg.Data, "blobs"), maxSealedBlob),
+		lease:  &lease{path: filepath.Join(cfg.Run, "lease")},
+		beat:   make(chan struct{}, 1),
+		bodies: map[contract.RevisionID]*opened{}, coming: map[store.Digest]*coming{},
 		control: map[contract.WorkloadID]*controller{}, wanted: map[contract.WorkloadID]*Workload{},
 		meshes: map[string]*mesh{}, releases: map[contract.WorkloadID]*Workload{},
 	}
@@ -167,6 +173,7 @@ func New(cfg Config) (*Agent, error) {
 	a.ownTLS = &tls.Config{Certificates: []tls.Certificate{cfg.Keys.TLS}, MinVersion: tls.VersionTLS13}
 	a.handler = a.logHandler()
 	a.view = reconcile.New(reconcile.Config{Name: "view", Resync: 10 * time.Second, Max: 3 * time.Second, Log: a.log, Step: a.reconcile})
+	a.upkeep = reconcile.New(reconcile.Config{Name: "upkeep", Resync: 10 * time.Second, Max: 3 * time.Second, Log: a.log, Step: a.keepUp})
 	return a, nil
 }
 
@@ -194,6 +201,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	a.group, a.groupCtx = g, gctx
 	g.Go(func() error { return a.view.Run(gctx) })
+	g.Go(func() error { return a.upkeep.Run(gctx) })
 	g.Go(func() error { return a.client.Follow(gctx, a.view.Wake) })
 	g.Go(func() error { return a.heartbeats(gctx) })
 	g.Go(func() error { return a.origin.Run(gctx) })
@@ -334,13 +342,6 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	}
 	s, err := a.specs(ctx, v, adoptable(running))
 	errs = append(errs, err)
-	for _, c := range v.Contracts {
-		if o := s.opened[c.Revision]; o != nil && len(c.Missing) > 0 {
-			if err := a.handOn(ctx, c, o.keys); err != nil {
-				errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
-			}
-		}
-	}
 	a.settle(v, s)
 	if err := a.setMeshes(s); err != nil {
 		errs = append(errs, err)
@@ -360,9 +361,34 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	errs = append(errs, a.setLocation(v))
 	a.fronts.follow(Places(v.Grid, v.Nodes))
 	a.setWorkloads(s.workloads, adoptable(running))
-	errs = append(errs, a.sweep(ctx))
 	a.setEdges(v)
 	a.setServices()
+	a.upkeep.Wake()
+	return 0, errors.Join(errs...)
+}
+
+// keepUp does what waits for others, for the ledger or for a disk, and what no workload waits for: a contract of which it does
+// not come off holds up none.
+func (a *Agent) keepUp(ctx context.Context) (time.Duration, error) {
+	a.mu.Lock()
+	v, bodies, placed := a.current, a.bodies, a.placed
+	a.mu.Unlock()
+	if !placed {
+		return 0, nil
+	}
+	handed := map[*ContractView]bool{}
+	var errs []error
+	for _, c := range v.Contracts {
+		if handed[c] = a.handed[c]; handed[c] || len(c.Missing) == 0 || bodies[c.Revision] == nil {
+			continue
+		}
+		err := a.handOn(ctx, c, bodies[c.Revision].keys)
+		if handed[c] = err == nil; err != nil {
+			errs = append(errs, fmt.Errorf("contract %s: %w", c.Record.Name, err))
+		}
+	}
+	a.handed = handed
+	errs = append(errs, a.sweep(ctx))
 	if err := errors.Join(errs...); err != nil {
 		return 0, err
 	}
@@ -416,6 +442,7 @@ func (a *Agent) specs(ctx context.Context, v *View, adopted map[contract.Workloa
 		workloads: map[contract.WorkloadID]*Workload{}, meshes: []Mesh{systemMesh(v)}, egress: map[string]map[netip.Addr][]overlay.Egress{},
 		opened: map[contract.RevisionID]*opened{}, kept: map[string]bool{},
 	}
+	a.fetchBodies(ctx, v)
 	var errs []error
 	for _, c := range v.Contracts {
 		o, err := a.open(ctx, c)
@@ -471,7 +498,7 @@ func (a *Agent) open(ctx context.Context, c *ContractView) (*opened, error) {
 		return nil, &failure{"the envelope does not open with this node's key", err}
 	}
 	// Until the body is open, errors quote nothing that is sealed.
-	sealed, err := a.fetch(ctx, c.Header.SealedBody)
+	sealed, err := a.fetched(ctx, c.Header.SealedBody)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoBody, err)
 	}
@@ -509,6 +536,106 @@ func complete(h *contract.Header, k *contract.Keys) error {
 		}
 	}
 	return nil
+}
+
+// coming is a sealed body that is being fetched, or was.
+type coming struct {
+	done chan struct{}
+	late bool  // the view goes on without it; guarded by Agent.mu
+	err  error // how it ended, once done is closed
+}
+
+// How long a view waits for all its new bodies together, and how long one has to come.
+const (
+	patience = 500 * time.Millisecond
+	bodyTime = time.Minute
+)
+
+// fetchBodies fetches the bodies that a view needs and this node does not have, each by itself. Those that it asks for the first time
+// it waits for a moment; what comes after that wakes the view.
+func (a *Agent) fetchBodies(ctx context.Context, v *View) {
+	var first []*coming
+	wanted := map[store.Digest]bool{}
+	for _, c := range v.Contracts {
+		d := store.Digest(c.Header.SealedBody)
+		wanted[d] = true
+		a.mu.Lock()
+		opened, old := a.bodies[c.Revision] != nil, a.coming[d]
+		a.mu.Unlock()
+		if opened || c.Envelope == nil || old != nil && !closed(old.done) {
+			continue
+		}
+		if have, err := a.blobs.Has(ctx, d); have || err != nil {
+			continue // whoever opens it sees what is wrong
+		}
+		f := &coming{done: make(chan struct{}), late: old != nil}
+		if old == nil {
+			first = append(first, f)
+		}
+		a.mu.Lock()
+		a.coming[d] = f
+		a.mu.Unlock()
+		a.group.Go(func() error {
+			ctx, cancel := context.WithTimeout(a.groupCtx, bodyTime)
+			defer cancel()
+			r, err := a.fetch(ctx, d)
+			if err == nil {
+				r.Close()
+			}
+			a.mu.Lock()
+			f.err = err
+			close(f.done)
+			late := f.late
+			a.mu.Unlock()
+			if err == nil && late {
+				a.view.Wake()
+			}
+			return nil
+		})
+	}
+	over := time.After(patience)
+	for _, f := range first {
+		select {
+		case <-f.done:
+			continue
+		case <-over:
+		case <-ctx.Done():
+		}
+		break
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, f := range first {
+		f.late = true
+	}
+	maps.DeleteFunc(a.coming, func(d store.Digest, f *coming) bool { return !wanted[d] && closed(f.done) })
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// fetched is a sealed body that fetchBodies has brought to the disk.
+func (a *Agent) fetched(ctx context.Context, d store.Digest) (io.ReadCloser, error) {
+	have, err := a.blobs.Has(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	if have {
+		r, _, err := a.blobs.Open(ctx, d)
+		return r, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if f := a.coming[d]; f != nil && f.err != nil {
+		return nil, f.err
+	}
+	return nil, errors.New("it has not come yet")
 }
 
 // fetch returns a sealed blob from disk, or from the grid through disk.
@@ -675,6 +802,8 @@ func (a *Agent) handOn(ctx context.Context, c *ContractView, keys *contract.Keys
 		}
 		es = append(es, *e)
 	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
 	return a.act(ctx, ledger.KindEnvelopePut, &ledger.EnvelopePut{Envelopes: es})
 }
 
@@ -863,7 +992,7 @@ func (a *Agent) setWorkloads(want, adopted map[contract.WorkloadID]*Workload) {
 		c.set(w)
 	}
 	maps.DeleteFunc(want, func(_ contract.WorkloadID, w *Workload) bool { return w == nil })
-	a.wanted = want
+	a.wanted, a.placed = want, true
 }
 
 // forget ends the controller of a workload of which nothing is left here, unless it has come back.

@@ -30,8 +30,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMain plays the volume server that an Agent of a test starts.
+// TestMain plays the volume server and the shim that an Agent of a test starts.
 func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "run" && os.Args[2] == "shim" {
+		if err := sandbox.Shim(context.Background(), os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			syscall.Exit(1)
+		}
+		syscall.Exit(0)
+	}
 	if len(os.Args) == 3 && os.Args[1] == "run" && os.Args[2] == "volume" {
 		if err := volume.Serve(context.Background(), os.Stdin); err != nil {
 			fmt.Fprintln(os.Stderr, err)
