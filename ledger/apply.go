@@ -138,6 +138,9 @@ func (b *batch) apply(raw []byte) (used *Tx, code uint32, err error) {
 		*b = before
 		err = b.propose(tx, who, open)
 	}
+	if err == nil {
+		err = b.grows(tx, len(raw))
+	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", tx.Kind, err)
 		if who.could(tx.Kind) && !errors.As(err, new(notAllowed)) {
@@ -354,6 +357,9 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 	if len(b.fleet) >= MaxNodes {
 		return fmt.Errorf("the grid has %d nodes, more are not allowed", len(b.fleet))
 	}
+	if n := b.nodesOf(f.Name); n >= maxFarmNodes {
+		return fmt.Errorf("farm %s has %d nodes, more are not allowed", f.Name, n)
+	}
 	type use struct {
 		use string
 		key [32]byte
@@ -378,6 +384,18 @@ func (b *batch) nodeAdmit(who *signers, p *NodeAdmit) error {
 		ID: id, Name: n.Name, Farm: n.FarmName, CPUMilli: int64(n.CPUMilli), Memory: memoryOf(n), Workloads: schedule.MaxWorkloads,
 	})
 	return errors.Join(push(b, NodesKey, id), who.agreed(identity.ActAdmitNode))
+}
+
+// maxFarmNodes is how many nodes one farm has: no owner takes all places of the grid.
+const maxFarmNodes = MaxNodes / 4
+
+func (b *batch) nodesOf(farm string) (n int) {
+	for i := range b.fleet {
+		if b.fleet[i].Farm == farm {
+			n++
+		}
+	}
+	return n
 }
 
 // Uses of a node's keys, as they are named in its records and in refusals.

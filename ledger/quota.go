@@ -23,6 +23,7 @@ type Quota struct {
 type Limits struct {
 	Account Quota `cbor:"1,keyasint,omitzero" json:"account,omitzero"` // of an account without a quota of its own
 	Shared  Quota `cbor:"2,keyasint,omitzero" json:"shared,omitzero"`  // of all these together
+	Growth  int   `cbor:"3,keyasint,omitzero" json:"growth,omitempty"` // bytes of transactions an hour of all these that leave something for good
 }
 
 // Default quota of an account: far above what one user deploys.
@@ -40,6 +41,7 @@ func DefaultLimits() Limits {
 	return Limits{
 		Account: Quota{MaxAccountContracts, MaxAccountWorkloads, MaxAccountNetworks, MaxAccountHosts, MaxAccountStorage},
 		Shared:  Quota{4096, 16384, 8192, 4096, 256 << 30},
+		Growth:  16 << 20,
 	}
 }
 
@@ -53,6 +55,9 @@ func (l Limits) orDefault() Limits {
 	}
 	if l.Shared == (Quota{}) {
 		l.Shared = d.Shared
+	}
+	if l.Growth <= 0 {
+		l.Growth = d.Growth
 	}
 	return l
 }

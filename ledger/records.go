@@ -172,6 +172,7 @@ const (
 const (
 	duesKey         = "due"           // dues, when there are any
 	openKey         = "proposals"     // uint64: how many are open of accounts without a quota of their own
+	growthKey       = "shared-growth" // growth, when there was any
 	retryKey        = "waiting-retry" // uint64: how many of WaitingKey were not tried since room came
 	freeNetworksKey = "networks-free" // []uint16, indexes, the one that has been free for longest first
 )
