@@ -33,6 +33,7 @@ func TestBoundsAreValidated(t *testing.T) {
 		{"a path without a host", Bounds{Registries: []string{"library"}}, "docker.io/library"},
 		{"a slash at the end", Bounds{Registries: []string{"docker.io/"}}, "HOST"},
 		{"a way up", Bounds{Registries: []string{"docker.io/library/.."}}, "HOST"},
+		{"dots in a row", Bounds{Registries: []string{"docker.io/a..b"}}, "HOST"},
 		{"a scheme", Bounds{Registries: []string{"https://docker.io"}}, "HOST"},
 		{"a tag", Bounds{Registries: []string{"docker.io/library/nginx:1"}}, "HOST"},
 		{"a user", Bounds{Registries: []string{"docker.io@evil.example"}}, "HOST"},

@@ -66,7 +66,14 @@ func TestTheLedgerHoldsHeadersToBounds(t *testing.T) {
 	x.must(x.state(ended, Active))
 	x.must(x.deploy(ending))
 	x.must(x.cancel(ending))
-	x.must(x.tx(KindAccountPolicy, Actor{ID: x.acct}, &AccountPolicy{identity.Policy{Rules: identity.SingleDevice().Rules, Bounds: identity.Bounds{NoEgress: true, Farms: []string{"farm-1"}}}}, x.owner))
+	x.change(func(b *batch) {
+		a, err := get[identity.Account](&b.State, AccountKey(x.acct))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Policy.Bounds = identity.Bounds{Farms: []string{"farm-1"}}
+		set(b, AccountKey(a.ID), a)
+	})
 	x.must(x.state(ending, Active))
 }
 
