@@ -155,6 +155,12 @@ func TestOnlyTheSameUserIsAnswered(t *testing.T) {
 	if got, err := ask(65534); got != "" || errors.Is(err, unix.EACCES) {
 		t.Errorf("another user is answered %q, %v", got, err)
 	}
+	for range 500 { // his end sees the close before the server has said so
+		if f.refused.Load() > 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if f.refused.Load() != 1 {
 		t.Errorf("%d were refused", f.refused.Load())
 	}
