@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	"holdfast/identity"
@@ -159,6 +160,11 @@ type Placement struct {
 	Spread string   `cbor:"1,keyasint,omitempty" json:"spread,omitempty"` // "farm" or "node": no two replicas of the service share one; "" does not care
 	Farms  []string `cbor:"2,keyasint,omitempty" json:"farms,omitempty"`  // names; empty allows all
 	Nodes  []string `cbor:"3,keyasint,omitempty" json:"nodes,omitempty"`  // names; empty allows all
+}
+
+// Allows reports whether a node of that name, of that farm, may run the service.
+func (p *Placement) Allows(farm, node string) bool {
+	return (len(p.Farms) == 0 || slices.Contains(p.Farms, farm)) && (len(p.Nodes) == 0 || slices.Contains(p.Nodes, node))
 }
 
 // Volume is a disk of one service. Its data stays with the contract over revisions.

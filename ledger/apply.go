@@ -511,10 +511,7 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 			was, err = b.header(c.Current)
 		}
 		if err == nil {
-			held, err = b.holding(c)
-		}
-		if err == nil {
-			had, err = b.most(c)
+			held, had, err = b.held(c)
 		}
 		if err != nil {
 			return fmt.Errorf("%v: %w", id, err)
@@ -570,11 +567,7 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	}
 	set(b, ContractKey(id), c)
 	b.tree = b.tree.put(RevisionKey(rev), p.Header)
-	holds, err := b.holding(c)
-	if err != nil {
-		return err
-	}
-	has, err := b.most(c)
+	holds, has, err := b.held(c)
 	if err != nil {
 		return err
 	}
@@ -599,7 +592,8 @@ func (b *batch) contractSubmit(tx *Tx, who *signers, p *ContractSubmit) error {
 	if err := b.settle(id); err != nil || !c.Trial.On() {
 		return err
 	}
-	return b.conclude(c) // it may have nothing to run
+	_, err = b.concluded(c) // it may have nothing to run
+	return err
 }
 
 // settle assigns a contract after its own transaction.
@@ -801,8 +795,7 @@ func (b *batch) eligible(rev contract.RevisionID, n *Node) bool {
 // and gets nobody's keys.
 func Eligible(h *contract.Header, n *Node) bool {
 	return n.CPUMilli >= schedule.OverheadCPUMilli && n.Memory >= schedule.OverheadMemory && slices.ContainsFunc(h.Services, func(s contract.Service) bool {
-		return (len(s.Placement.Farms) == 0 || slices.Contains(s.Placement.Farms, n.FarmName)) &&
-			(len(s.Placement.Nodes) == 0 || slices.Contains(s.Placement.Nodes, n.Name))
+		return s.Placement.Allows(n.FarmName, n.Name)
 	})
 }
 

@@ -1,12 +1,14 @@
 package ledger
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 
 	"holdfast/contract"
 	"holdfast/identity"
+	"holdfast/internal/canonical"
 	"holdfast/schedule"
 )
 
@@ -93,16 +95,19 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 			return false, err
 		}
 	}
-	var wasFrom *contract.Header
-	if !old.From.IsZero() {
-		if wasFrom, err = b.header(old.From); err != nil {
-			return false, err
-		}
-	}
 	t := &trial{stuck: c.Trial.Stuck != nil}
 	if !c.Trial.From.IsZero() {
 		if t.from, err = b.header(c.Trial.From); err != nil {
 			return false, err
+		}
+	}
+	wasFrom := t.from
+	if old.From != c.Trial.From {
+		wasFrom = nil
+		if !old.From.IsZero() {
+			if wasFrom, err = b.header(old.From); err != nil {
+				return false, err
+			}
 		}
 	}
 	fleet := slices.Clone(b.fleet)
@@ -122,7 +127,7 @@ func (b *batch) assign(id contract.ID) (freed bool, err error) {
 	if freed, err = b.account(id, old, next, fleet); err != nil {
 		return false, err
 	}
-	if !same(old, next) {
+	if !bytes.Equal(canonical.Encode(old), canonical.Encode(next)) {
 		set(b, AssignmentsKey(id), next)
 	}
 	return freed, nil

@@ -47,7 +47,7 @@ func toldContract(t *testing.T) *toldGrid {
 	l.id = h.ContractID()
 	l.do(l.deploy(other))
 	l.do(l.deploy(h))
-	n := slices.IndexFunc(l.nodes, func(k *identity.PrivateKey) bool { pub := k.Public(); return pub.Node() == l.assigned(h)[0].Node })
+	n := l.where(l.assigned(h)[0])
 	pub := l.nodes[n].Public()
 	l.do(l.tx(KindVolumeCreated, Actor{true, pub.Node()}, &VolumeCreated{contract.VolumeOf(l.id, "data")}, l.nodes[n]))
 	l.do(l.says(h, l.assigned(h)[0], ""))

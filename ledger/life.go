@@ -171,11 +171,7 @@ func (b *batch) contractDue(id contract.ID) error {
 func (b *batch) cancelled(c *Contract, h *contract.Header) error {
 	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
 	none := &contract.Header{Store: h.Store}  // what its objects take, it takes for good
-	had, err := b.most(c)
-	if err != nil {
-		return err
-	}
-	held, err := b.holding(c)
+	held, had, err := b.held(c)
 	if err != nil {
 		return err
 	}

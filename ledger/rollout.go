@@ -1,14 +1,13 @@
 package ledger
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"holdfast/contract"
 	"holdfast/identity"
-	"holdfast/internal/canonical"
 	"holdfast/schedule"
 )
 
@@ -38,10 +37,10 @@ type Failure struct {
 // Where says in words what failed.
 func (f *Failure) Where() string { return fmt.Sprintf("%s-%d: %s", f.Service, f.Replica, f.Reason) }
 
-// maxFailures bounds how many failures a contract's record lists, and maxReason the words of each.
+// maxFailures bounds how many failures a contract's record lists, and MaxReason the words of each, in bytes.
 const (
 	maxFailures = 8
-	maxReason   = 200
+	MaxReason   = 200
 )
 
 // On says whether a revision is on trial.
@@ -99,17 +98,21 @@ func (b *batch) begin(c *Contract, h *contract.Header, act identity.Act) error {
 	return b.remind(c.Trial.Until, dueTrial, c.ID)
 }
 
-// holding is what a contract takes: its revision, and, while that is on trial, what it would go back to.
-func (b *batch) holding(c *Contract) (*contract.Header, error) {
+// held is what a contract takes: its revision, and, while that is on trial, what it would go back to. Of networks and routes that
+// is both, of what is counted the more.
+func (b *batch) held(c *Contract) (*contract.Header, Quota, error) {
 	h, err := b.header(c.Current)
-	if err != nil || c.Trial.From.IsZero() {
-		return h, err
+	if err != nil {
+		return nil, Quota{}, err
+	}
+	if c.Trial.From.IsZero() {
+		return h, usage(h), nil
 	}
 	from, err := b.header(c.Trial.From)
 	if err != nil {
-		return nil, err
+		return nil, Quota{}, err
 	}
-	return together(from, h), nil
+	return together(from, h), usage(h).max(usage(from)), nil
 }
 
 // together is h with what from has beside it: networks and routes.
@@ -127,23 +130,6 @@ func together(from, h *contract.Header) *contract.Header {
 		}
 	}
 	return &x
-}
-
-// most counts what the revision on trial and the one that it may go back to take: of each kind the more.
-func (b *batch) most(c *Contract) (Quota, error) {
-	h, err := b.header(c.Current)
-	if err != nil {
-		return Quota{}, err
-	}
-	u := usage(h)
-	if c.Trial.From.IsZero() {
-		return u, nil
-	}
-	from, err := b.header(c.Trial.From)
-	if err != nil {
-		return Quota{}, err
-	}
-	return u.max(usage(from)), nil
 }
 
 // workloadReport takes a node's word on a workload of a revision on trial.
@@ -167,14 +153,14 @@ func (b *batch) workloadReport(who *signers, p *WorkloadReport) error {
 		return fmt.Errorf("%v is not %s's to report on, in epoch %d", p.Workload, who.node.Name, p.Epoch)
 	case as.Current[i].Ready || as.Current[i].Failed:
 		return errors.New("it was reported")
-	case p.Ready == (p.Reason != "") || len(p.Reason) > maxReason || bytes.ContainsFunc([]byte(p.Reason), func(r rune) bool { return r < ' ' || r > '~' }):
-		return fmt.Errorf("a report is that it is ready, or why it is not, in up to %d letters", maxReason)
+	case p.Ready == (p.Reason != "") || len(p.Reason) > MaxReason || strings.ContainsFunc(p.Reason, func(r rune) bool { return r < ' ' || r > '~' }):
+		return fmt.Errorf("a report is that it is ready, or why it is not, in up to %d letters", MaxReason)
 	}
 	a := &as.Current[i]
 	a.Ready, a.Failed = p.Ready, !p.Ready
 	set(b, AssignmentsKey(c.ID), as)
 	if p.Ready {
-		return b.conclude(c)
+		return b.goOn(c)
 	}
 	return b.failed(c, a, p.Reason)
 }
@@ -194,7 +180,7 @@ func (b *batch) failed(c *Contract, a *Assignment, reason string) error {
 	case c.Trial.From.IsZero(): // there is nothing to go back to
 		return nil
 	case action == contract.OnFailureContinue:
-		return b.conclude(c)
+		return b.goOn(c)
 	case action == contract.OnFailurePause:
 		c.Trial.Stuck = f
 		set(b, ContractKey(c.ID), c)
@@ -205,27 +191,23 @@ func (b *batch) failed(c *Contract, a *Assignment, reason string) error {
 
 // undo goes back to the revision that was good.
 func (b *batch) undo(c *Contract, f *Failure) error {
-	had, err := b.most(c)
+	held, had, err := b.held(c)
 	if err != nil {
 		return err
 	}
-	held, err := b.holding(c)
-	if err != nil {
-		return err
-	}
-	h, err := b.header(c.Trial.From)
-	if err != nil {
-		return err
-	}
-	c.Latest = c.Newest()
-	c.Current, c.Revision, c.Trial = c.Trial.From, h.Revision, Trial{}
+	c.Latest, c.Current = c.Newest(), c.Trial.From
 	c.Failures = append(c.Failures, *f)
 	c.Failures = c.Failures[max(0, len(c.Failures)-maxFailures):]
-	return b.keepOnly(c, had, held, h)
+	return b.endTrial(c, held, had)
 }
 
-// keepOnly ends a trial: what h does not take, and was held beside it, is free again.
-func (b *batch) keepOnly(c *Contract, had Quota, held, h *contract.Header) error {
+// endTrial ends a trial with the revision that is now the current one: what it does not take, and was held beside it, is free again.
+func (b *batch) endTrial(c *Contract, held *contract.Header, had Quota) error {
+	h, err := b.header(c.Current)
+	if err != nil {
+		return err
+	}
+	c.Revision, c.Trial = h.Revision, Trial{}
 	for _, err := range []error{
 		b.bill(c.Account, had, usage(h)), b.networks(c.ID, held, h), b.routes(c.ID, held.Routes, h.Routes), b.settleStore(c.ID, h),
 	} {
@@ -237,39 +219,38 @@ func (b *batch) keepOnly(c *Contract, had Quota, held, h *contract.Header) error
 	return b.settle(c.ID)
 }
 
-// conclude ends a trial when nothing of it is open: every workload was replaced and reported on. Where one is not, the next
-// ones are replaced.
-func (b *batch) conclude(c *Contract) error {
+// goOn follows a report: the next workloads are replaced, or the trial ends.
+func (b *batch) goOn(c *Contract) error {
+	if done, err := b.concluded(c); done || err != nil {
+		return err
+	}
+	return b.settle(c.ID)
+}
+
+// concluded ends a trial of which nothing is open: every workload was replaced and reported on.
+func (b *batch) concluded(c *Contract) (bool, error) {
 	as, err := orZero(get[Assignments](&b.State, AssignmentsKey(c.ID)))
 	if err != nil {
-		return fmt.Errorf("assignments of %v: %w", c.ID, err)
+		return false, fmt.Errorf("assignments of %v: %w", c.ID, err)
 	}
 	good := true
 	for _, a := range as.Current {
 		if a.Old || !a.Ready && !a.Failed {
-			return b.settle(c.ID)
+			return false, nil
 		}
 		good = good && a.Ready
 	}
 	if !c.Runs() || !good && c.Trial.From.IsZero() { // who has nothing to go back to may still become good
-		return nil
+		return true, nil
 	}
-	had, err := b.most(c)
+	held, had, err := b.held(c)
 	if err != nil {
-		return err
+		return false, err
 	}
-	held, err := b.holding(c)
-	if err != nil {
-		return err
-	}
-	h, err := b.header(c.Current)
-	if err != nil {
-		return err
-	}
-	if c.Trial = (Trial{}); good {
+	if good {
 		c.Good = c.Current
 	}
-	return b.keepOnly(c, had, held, h)
+	return true, b.endTrial(c, held, had)
 }
 
 // trialDue looks at a trial whose time is over.
@@ -325,12 +306,12 @@ type trial struct {
 	stuck bool
 }
 
-// was reports whether the revision before has a workload.
-func (t *trial) was(a *Assignment) (*contract.Service, bool) {
-	if t.from == nil {
+// had is the service that the revision before ran a workload of; there is none where nothing is kept.
+func had(from *contract.Header, a *Assignment) (*contract.Service, bool) {
+	if from == nil {
 		return nil, false
 	}
-	s, ok := t.from.Service(a.Service)
+	s, ok := from.Service(a.Service)
 	return s, ok && a.Replica < s.Replicas
 }
 
@@ -338,24 +319,21 @@ func (t *trial) was(a *Assignment) (*contract.Service, bool) {
 func (t *trial) allows(fleet []schedule.Node, service string, node identity.NodeID) bool {
 	s, ok := t.from.Service(service)
 	i := slices.IndexFunc(fleet, func(n schedule.Node) bool { return n.ID == node })
-	return ok && i >= 0 && (len(s.Placement.Farms) == 0 || slices.Contains(s.Placement.Farms, fleet[i].Farm)) &&
-		(len(s.Placement.Nodes) == 0 || slices.Contains(s.Placement.Nodes, fleet[i].Name))
+	return ok && i >= 0 && s.Placement.Allows(fleet[i].Farm, fleet[i].Name)
 }
 
 // takes is what a workload takes of its node. One that was replaced and may come back keeps the room for it.
 func takes(a *Assignment, h, from *contract.Header) (cpu, memory int64, ok bool) {
-	s, ok := h.Service(a.Service)
-	if from != nil {
-		old, had := from.Service(a.Service)
-		switch had = had && a.Replica < old.Replicas; {
-		case had && a.Old:
-			return int64(old.CPUMilli), int64(old.Memory), true
-		case had && ok:
-			return int64(max(old.CPUMilli, s.CPUMilli)), int64(max(old.Memory, s.Memory)), true
-		}
+	old, kept := had(from, a)
+	if kept && a.Old {
+		return int64(old.CPUMilli), int64(old.Memory), true
 	}
-	if !ok {
+	s, ok := h.Service(a.Service)
+	switch {
+	case !ok:
 		return 0, 0, false
+	case kept:
+		return int64(max(old.CPUMilli, s.CPUMilli)), int64(max(old.Memory, s.Memory)), true
 	}
 	return int64(s.CPUMilli), int64(s.Memory), true
 }
@@ -363,10 +341,10 @@ func takes(a *Assignment, h, from *contract.Header) (cpu, memory int64, ok bool)
 // carry is what a workload has of its last assignment in the next: whether it still runs the revision before, and what was
 // said of it.
 func (t *trial) carry(a *Assignment, old *Assignments, last *Assignment, rev, from contract.RevisionID) {
-	switch _, had := t.was(a); {
+	switch _, kept := had(t.from, a); {
 	case old.Revision == rev:
-		a.Old, a.Ready, a.Failed = last.Old && had, last.Ready, last.Failed
-	case !had:
+		a.Old, a.Ready, a.Failed = last.Old && kept, last.Ready, last.Failed
+	case !kept:
 	case last.Old && old.From == from, old.Revision == from:
 		a.Old = true
 	}
@@ -383,7 +361,7 @@ func (t *trial) advance(h *contract.Header, out []Assignment) []int {
 		s := &h.Services[i]
 		room := s.Unavailable()
 		for j := range out {
-			if _, had := t.was(&out[j]); had && out[j].Service == s.Name && !out[j].Old && !out[j].Ready && !out[j].Failed {
+			if _, kept := had(t.from, &out[j]); kept && out[j].Service == s.Name && !out[j].Old && !out[j].Ready && !out[j].Failed {
 				room--
 			}
 		}
@@ -397,6 +375,3 @@ func (t *trial) advance(h *contract.Header, out []Assignment) []int {
 	}
 	return next
 }
-
-// same reports whether nothing changed.
-func same(a, b *Assignments) bool { return bytes.Equal(canonical.Encode(a), canonical.Encode(b)) }

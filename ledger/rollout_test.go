@@ -16,10 +16,15 @@ func nodeOf(k *identity.PrivateKey) identity.NodeID {
 	return pub.Node()
 }
 
+// where is the index of the node that a workload is on.
+func (x *grid) where(a Assignment) int {
+	return slices.IndexFunc(x.nodes, func(k *identity.PrivateKey) bool { return nodeOf(k) == a.Node })
+}
+
 // says is a report by the node that the workload is on, or by another key.
 func (x *grid) says(h *contract.Header, a Assignment, reason string, by ...*identity.PrivateKey) *Tx {
 	x.t.Helper()
-	key := x.nodes[slices.IndexFunc(x.nodes, func(k *identity.PrivateKey) bool { return nodeOf(k) == a.Node })]
+	key := x.nodes[x.where(a)]
 	if len(by) > 0 {
 		key = by[0]
 	}
@@ -339,7 +344,7 @@ func TestANodeIsLostInARollout(t *testing.T) {
 	n := x.next(h)
 	x.must(x.deploy(n))
 	was := x.assigned(h)
-	lost := slices.IndexFunc(x.nodes, func(k *identity.PrivateKey) bool { return nodeOf(k) == was[2].Node })
+	lost := x.where(was[2])
 	for range 8 {
 		x.block(x.all(lost))
 	}
@@ -356,7 +361,7 @@ func TestANodeIsLostInARollout(t *testing.T) {
 	}
 	x.refused("from where it was", x.says(n, was[2], ""), "to report on")
 	// What was ready is not, where it comes to.
-	lost = slices.IndexFunc(x.nodes, func(k *identity.PrivateKey) bool { return nodeOf(k) == now[0].Node })
+	lost = x.where(now[0])
 	for range 8 {
 		x.block(x.all(lost))
 	}
@@ -386,7 +391,7 @@ func TestReportsAreJudged(t *testing.T) {
 	later := as[0]
 	later.Epoch++
 	x.refused("of another epoch", x.says(n, later, "exit code 1"), "to report on")
-	for _, bad := range []string{"two\nlines", "\x1b[31mred", string(make([]byte, maxReason+1)), "ü"} {
+	for _, bad := range []string{"two\nlines", "\x1b[31mred", string(make([]byte, MaxReason+1)), "ü"} {
 		x.refused(fmt.Sprintf("%q", bad), x.says(n, as[0], bad), "letters")
 	}
 	x.must(x.says(n, as[0], ""))

@@ -125,5 +125,5 @@ func printableReason(s string) string {
 			out[i] = '?'
 		}
 	}
-	return string(out[:min(len(out), 200)])
+	return string(out[:min(len(out), ledger.MaxReason)])
 }

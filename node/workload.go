@@ -485,9 +485,7 @@ func (c *controller) publish(w *Workload, state, reason string, healthy bool, co
 	if w == nil {
 		return
 	}
-	if len(reason) > 200 {
-		reason = reason[:200]
-	}
+	reason = reason[:min(len(reason), ledger.MaxReason)]
 	if state == ledger.StateFailed {
 		c.watch.why = reason
 	}

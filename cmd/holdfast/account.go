@@ -194,3 +194,13 @@ func strictJSON(b []byte, v any) error {
 	}
 	return nil
 }
+
+// accountIn is the account that the only argument names, or the user's own.
+func accountIn(u *deploy.User, args []string) (identity.AccountID, error) {
+	id := u.Account
+	if len(args) == 0 {
+		return id, nil
+	}
+	err := id.UnmarshalText([]byte(args[0]))
+	return id, err
+}

@@ -177,7 +177,7 @@ func trialText(c *ledger.Contract, h *contract.Header) string {
 	case c.Trial.From.IsZero():
 		return "on trial: it was not ready everywhere yet, and there is none to go back to"
 	}
-	return fmt.Sprintf("on trial until %s, else revision %d comes back", time.UnixMilli(c.Trial.Until).UTC().Format(time.RFC3339), c.Number(c.Trial.From))
+	return fmt.Sprintf("on trial until %s, else revision %d comes back", stamp(time.UnixMilli(c.Trial.Until)), c.Number(c.Trial.From))
 }
 
 func or(s, otherwise string) string {

@@ -23,7 +23,7 @@ type imageSignature struct {
 }
 
 func signatureOf(s *ledger.ImageSignature) imageSignature {
-	return imageSignature{s.Account.String(), fmt.Sprintf("sha256:%x", s.Digest), time.Unix(s.Time, 0).UTC().Format(time.RFC3339)}
+	return imageSignature{s.Account.String(), fmt.Sprintf("sha256:%x", s.Digest), stamp(time.Unix(s.Time, 0))}
 }
 
 // manifestOf is the digest that an argument is, or that of the linux/amd64 manifest of the image that it names.
@@ -106,11 +106,9 @@ func (a *app) imageSignaturesCmd() *cobra.Command {
 		Use: "signatures [ACCOUNT]", Short: "List the images that an account has signed", Args: cobra.MaximumNArgs(1),
 		Example: "  holdfast image signatures                        # your own\n  holdfast image signatures acct1… --json",
 		RunE: a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
-			account := u.Account
-			if len(args) > 0 {
-				if err := account.UnmarshalText([]byte(args[0])); err != nil {
-					return err
-				}
+			account, err := accountIn(u, args)
+			if err != nil {
+				return err
 			}
 			all, err := u.ImageSignatures(ctx, account)
 			if err != nil {

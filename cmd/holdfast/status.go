@@ -180,10 +180,8 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 
 // statusOf is what the ledger has of a contract.
 func statusOf(rec *ledger.Contract, as *ledger.Assignments) contractStatus {
-	s := contractStatus{ID: rec.ID, Name: rec.Name, Revision: int(rec.Revision), State: rec.State}
-	if f := rec.Undone(rec.Revisions[len(rec.Revisions)-1]); f != nil {
-		s.Undone = f
-	}
+	newest := rec.Revisions[len(rec.Revisions)-1]
+	s := contractStatus{ID: rec.ID, Name: rec.Name, Revision: int(rec.Revision), State: rec.State, Undone: rec.Undone(newest)}
 	if t := rec.Trial; t.On() && !t.From.IsZero() && as != nil {
 		s.Trial = &trialStatus{Of: len(as.Current), From: rec.Number(t.From), Until: time.UnixMilli(t.Until).UTC(), Stuck: t.Stuck}
 		for _, a := range as.Current {

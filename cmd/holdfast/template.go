@@ -29,11 +29,9 @@ func (a *app) templateListCmd() *cobra.Command {
 		Use: "list [ACCOUNT]", Short: "List an account's templates", Args: cobra.MaximumNArgs(1),
 		Example: "  holdfast template list                           # your own\n  holdfast template list acct1… --json",
 		RunE: a.withUser(func(ctx context.Context, w io.Writer, u *deploy.User, args []string) error {
-			account := u.Account
-			if len(args) > 0 {
-				if err := account.UnmarshalText([]byte(args[0])); err != nil {
-					return err
-				}
+			account, err := accountIn(u, args)
+			if err != nil {
+				return err
 			}
 			all, err := u.Templates(ctx, account)
 			if err != nil {
