@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"holdfast/api"
@@ -54,7 +55,7 @@ type trialVerdict struct {
 // judge is pure: what the ledger is to be told of w, of which this node says r.
 func (t *watch) judge(w *Workload, r *ledger.Report, now time.Time) trialVerdict {
 	switch restarts := r.Restarts - t.restarts; {
-	case r.State == ledger.StateWaiting && (r.Reason == imageRefused || w.Barred != nil && r.Reason == w.Barred.words):
+	case r.State == ledger.StateWaiting && slices.Contains([]string{imageRefused, barRegistry, barSigner}, r.Reason): // for good
 		return trialVerdict{failed: r.Reason}
 	case r.State == ledger.StateExited && r.ExitCode == 0:
 		return trialVerdict{ready: true}

@@ -46,6 +46,7 @@ func TestATrialIsJudged(t *testing.T) {
 		{"it is a job that is done", plain, []seen{{ledger.Report{State: ledger.StateExited}, nil, 0}}, trialVerdict{ready: true}},
 		{"it is a job that failed", plain, []seen{{ledger.Report{State: ledger.StateExited, ExitCode: 2, Reason: "exit code 2"}, nil, 0}}, trialVerdict{failed: "exit code 2"}},
 		{"its image is another", plain, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: imageRefused}, errNoBody, 0}}, trialVerdict{failed: imageRefused}},
+		{"the signatures of its image cannot be read now", &Workload{Instance: "a", Process: plain.Process, Trial: plain.Trial, Barred: &bar{barUnread, "which"}}, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: barUnread}, nil, 0}}, trialVerdict{}},
 		{"its image is out of bounds", &Workload{Instance: "a", Process: plain.Process, Trial: plain.Trial, Barred: &bar{barSigner, "which"}}, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: barSigner}, nil, 0}}, trialVerdict{failed: barSigner}},
 		{"its image is not there yet", plain, []seen{{ledger.Report{State: ledger.StateWaiting, Reason: "the image cannot be had"}, errNoBody, 0}}, trialVerdict{}},
 	} {
