@@ -34,6 +34,7 @@ const (
 	KindWithdraw       Kind = "withdraw"         // Withdraw, by the account that proposed
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
+	KindVolumeSaved    Kind = "volume.saved"     // VolumeSaved, by the same
 	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
 )
 
@@ -270,4 +271,12 @@ type EnvelopePut struct {
 // VolumeCreated says that a volume's disk now exists: from here on an absent disk is a loss, never a fresh start.
 type VolumeCreated struct {
 	Volume contract.VolumeID `cbor:"1,keyasint"`
+}
+
+// VolumeSaved says that a snapshot of a volume is in its store: from now on the volume can follow its workload, and no
+// earlier one is taken for the newest.
+type VolumeSaved struct {
+	Volume   contract.VolumeID `cbor:"1,keyasint"`
+	Sequence uint64            `cbor:"2,keyasint"`
+	Snapshot [32]byte          `cbor:"3,keyasint"`
 }

@@ -57,18 +57,22 @@ func (p Place) Member(cert tls.Certificate, dial func(ctx context.Context, addr 
 
 // hostedStores are the stores that a node keeps, with their quotas. What it offers goes to them in the order in which they
 // came, so that no store that comes takes what another was promised; without has those for which nothing is left.
-func hostedStores(self *ledger.Node, stores []*ledger.Store) (out []location.Store, without []contract.ID) {
-	room := self.Storage
+func hostedStores(grid identity.GridID, self *ledger.Node, stores []*ledger.Store) (out []location.Store, without []contract.ID) {
+	room, sys := self.Storage, SystemNetwork(grid)
 	for _, s := range stores {
 		quota := min(s.Limit, room)
 		if quota == 0 { // for a location it would be no bound
-			without = append(without, s.Contract)
+			without = append(without, s.ID())
 			continue
 		}
 		room -= quota
+		front := location.Key{Pin: s.FrontEnd, Rights: location.Read | location.Write | location.Delete}
+		if !s.Volume.IsZero() { // whoever once had the volume has the key: it is good where the ledger has it now
+			front.From = overlay.Addr(sys, s.Node)
+		}
 		out = append(out, location.Store{
-			Name:  storeName(s.Contract),
-			Keys:  []location.Key{{Pin: s.FrontEnd, Rights: location.Read | location.Write | location.Delete}, {Pin: s.Recovery, Rights: location.Recover}},
+			Name:  storeName(s),
+			Keys:  []location.Key{front, {Pin: s.Recovery, Rights: location.Recover}},
 			Quota: location.Quota{Bytes: int64(quota)},
 		})
 	}
@@ -76,11 +80,14 @@ func hostedStores(self *ledger.Node, stores []*ledger.Store) (out []location.Sto
 }
 
 // storeName names a store's directory at a location.
-func storeName(id contract.ID) string {
-	if id.IsZero() {
+func storeName(s *ledger.Store) string {
+	switch {
+	case !s.Volume.IsZero():
+		return fmt.Sprintf("v-%x", s.Volume[:16])
+	case s.Contract.IsZero():
 		return "grid"
 	}
-	return fmt.Sprintf("c-%x", id[:16])
+	return fmt.Sprintf("c-%x", s.Contract[:16])
 }
 
 // setLocation has this node's location serve exactly the stores of the view. The data of one that left is kept.
@@ -88,7 +95,7 @@ func (a *Agent) setLocation(v *View) error {
 	if v.Self.Storage == 0 {
 		return nil
 	}
-	stores, without := hostedStores(v.Self, v.Stores)
+	stores, without := hostedStores(v.Grid, v.Self, v.Stores)
 	if len(without) != a.without {
 		a.without = len(without)
 		a.log.Warn("stores that this node has no room for", "stores", len(without), "offered", v.Self.Storage)
