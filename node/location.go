@@ -22,6 +22,10 @@ import (
 // PortLocation is where a node's location listens, on the node's address in the system network and nowhere else.
 const PortLocation = 8450
 
+// volumeHold is how long what was deleted of a volume's snapshots can be brought back. They are many, and have a retention of
+// their own.
+const volumeHold = 10 * time.Minute
+
 // Place is a location of the grid, as the ledger names it.
 type Place struct {
 	ID   disperse.Place
@@ -66,14 +70,17 @@ func hostedStores(grid identity.GridID, self *ledger.Node, stores []*ledger.Stor
 			continue
 		}
 		room -= quota
+		hold := time.Duration(0)
 		front := location.Key{Pin: s.FrontEnd, Rights: location.Read | location.Write | location.Delete}
 		if !s.Volume.IsZero() { // whoever once had the volume has the key: it is good where the ledger has it now
 			front.From = overlay.Addr(sys, s.Node)
+			hold = volumeHold
 		}
 		out = append(out, location.Store{
 			Name:  storeName(s),
 			Keys:  []location.Key{front, {Pin: s.Recovery, Rights: location.Recover}},
 			Quota: location.Quota{Bytes: int64(quota)},
+			Hold:  hold,
 		})
 	}
 	return out, without

@@ -39,6 +39,7 @@ type Store struct {
 	Name  string // names its directory
 	Keys  []Key
 	Quota Quota
+	Hold  time.Duration // as in Config; 0 is the server's
 }
 
 // ServerConfig configures a Server.
@@ -224,7 +225,7 @@ func (s *Server) Used() (n int64) {
 func (s *Server) host(st Store) (*hosted, error) {
 	root := filepath.Join(s.cfg.Path, "stores")
 	d, err := Open(Config{
-		Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: s.cfg.Hold, MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
+		Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: cmp.Or(st.Hold, s.cfg.Hold), MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
 	})
 	if err == nil {
 		if err = syncDir(root); err != nil {
