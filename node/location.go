@@ -56,7 +56,7 @@ func (p Place) Member(cert tls.Certificate, dial func(ctx context.Context, addr 
 	if err != nil {
 		return store.Member{}, fmt.Errorf("location %s: %w", p.Node, err)
 	}
-	return store.Member{ID: p.ID, Farm: p.Farm, Location: c}, nil
+	return store.Member{ID: p.ID, Farm: p.Farm, Location: c, Down: !p.Up}, nil
 }
 
 // hostedStores are the stores that a node keeps, with their quotas. What it offers goes to them in the order in which they
