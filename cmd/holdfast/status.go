@@ -76,7 +76,24 @@ type workloadStatus struct {
 	State    string              `json:"state"`
 	Reason   string              `json:"reason"` // why it is not as it should be
 	Restarts uint32              `json:"restarts"`
-	Settled  bool                `json:"settled"` // it is as it should be: it runs, or ended as it should
+	Settled  bool                `json:"settled"`           // it is as it should be: it runs, or ended as it should
+	Saved    *time.Time          `json:"saved,omitempty"`   // what its volumes had then outlives its node
+	Unsaved  string              `json:"unsaved,omitempty"` // why nothing newer does
+}
+
+// loss says what of a workload's volumes would be lost with its node.
+func (w *workloadStatus) loss(now time.Time) string {
+	text := ""
+	switch {
+	case w.Saved != nil:
+		text = fmt.Sprintf("%v ago", max(0, now.Sub(*w.Saved)).Round(time.Second))
+	case w.Unsaved != "":
+		text = "never"
+	}
+	if w.Unsaved != "" {
+		text += ": " + w.Unsaved
+	}
+	return text
 }
 
 // serving is the state of a route that answers.
@@ -226,6 +243,11 @@ func workload(rec *ledger.Contract, number uint32, x *ledger.Assignment, n *ledg
 	for _, r := range reports {
 		if r.Epoch == x.Epoch && r.Revision == number {
 			w.State, w.Reason, w.Restarts = printable([]byte(r.State)), printable([]byte(r.Reason)), r.Restarts // a farmer's words
+			w.Unsaved = printable([]byte(r.Unsaved))
+			if r.Saved > 0 {
+				t := time.UnixMilli(r.Saved).UTC()
+				w.Saved = &t
+			}
 			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
 		}
 	}
@@ -354,9 +376,18 @@ func showWorkloads(w io.Writer, s *status) {
 		return
 	}
 	fmt.Fprintln(w)
-	rows := [][]string{{"WORKLOAD", "NODE", "EPOCH", "STATE", "RESTARTS", "REASON"}}
+	// A column that is empty is not shown: most contracts have no volumes.
+	now, volumes := time.Now(), slices.ContainsFunc(s.Workloads, func(x workloadStatus) bool { return x.loss(time.Now()) != "" })
+	saved := func(text string) []string {
+		if !volumes {
+			return nil
+		}
+		return []string{text}
+	}
+	rows := [][]string{append(append([]string{"WORKLOAD", "NODE", "EPOCH", "STATE", "RESTARTS"}, saved("SAVED")...), "REASON")}
 	for _, x := range s.Workloads {
-		rows = append(rows, []string{x.Name, x.Node, fmt.Sprint(x.Epoch), stateColour(w, x.State), fmt.Sprint(x.Restarts), x.Reason})
+		row := append([]string{x.Name, x.Node, fmt.Sprint(x.Epoch), stateColour(w, x.State), fmt.Sprint(x.Restarts)}, saved(x.loss(now))...)
+		rows = append(rows, append(row, x.Reason))
 	}
 	table(w, rows...)
 }
