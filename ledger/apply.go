@@ -184,6 +184,8 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActCreate, identity.ActRevise, identity.ActScale, identity.ActRoute}
 	case KindContractCancel:
 		return []identity.Act{identity.ActCancel}
+	case KindVolumeRestore:
+		return []identity.Act{identity.ActRevise}
 	case KindContractState:
 		return []identity.Act{identity.ActPause, identity.ActCancel}
 	case KindAccountPolicy:
@@ -251,6 +253,8 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *VolumeCreated) error { return b.volumeCreated(who, p) })
 	case KindVolumeSaved:
 		return with(tx, func(p *VolumeSaved) error { return b.volumeSaved(who, p) })
+	case KindVolumeRestore:
+		return with(tx, func(p *VolumeRestore) error { return b.volumeRestore(who, p) })
 	}
 	return errors.New("this kind of transaction is not known")
 }

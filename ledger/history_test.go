@@ -72,6 +72,7 @@ func toldContract(t *testing.T) *toldGrid {
 		t.Fatal(err)
 	}
 	l.do(l.tx(KindEnvelopePut, Actor{ID: l.acct}, &EnvelopePut{[]contract.Envelope{*e}}, l.owner))
+	l.do(l.tx(KindVolumeRestore, Actor{ID: l.acct}, &VolumeRestore{contract.VolumeOf(l.id, "data"), [32]byte{1}}, l.owner))
 	l.do(l.tx(KindContractState, Actor{ID: l.acct}, &ContractState{l.id, Paused}, l.owner))
 	l.do(l.tx(KindContractCancel, Actor{ID: l.acct}, &ContractCancel{other.ContractID()}, l.owner))
 	l.do(l.tx(KindContractCancel, Actor{ID: l.acct}, &ContractCancel{l.id}, l.owner))
@@ -95,7 +96,7 @@ func TestHistory(t *testing.T) {
 		kinds = append(kinds, d.Kind)
 	}
 	if want := []Kind{
-		KindContractSubmit, KindVolumeCreated, KindVolumeSaved, KindWorkloadReport, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindContractState, KindContractCancel,
+		KindContractSubmit, KindVolumeCreated, KindVolumeSaved, KindWorkloadReport, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindVolumeRestore, KindContractState, KindContractCancel,
 	}; !slices.Equal(kinds, want) {
 		t.Fatalf("%v, want %v", kinds, want)
 	}

@@ -281,9 +281,10 @@ type Volume struct {
 	Created  bool              `cbor:"6,keyasint,omitempty"` // its disk exists there: absent is lost, not new
 	Sequence uint64            `cbor:"7,keyasint,omitempty"` // of the newest snapshot that the ledger heard of; 0: of none. With one the volume follows its workload
 	Snapshot [32]byte          `cbor:"8,keyasint,omitzero"`  // its digest
+	From     [32]byte          `cbor:"9,keyasint,omitzero"`  // digest of the snapshot that its owner wants back; zero: the newest
 }
 
-// Restore says whether the volume's disk is to be made from its newest snapshot, which is Sequence or a later one.
+// Restore says whether the volume's disk is to be made from a snapshot: From, or the newest, which is Sequence or a later one.
 func (v *Volume) Restore() bool { return !v.Created && v.Sequence > 0 }
 
 // Assignment is the ledger's word that a node runs a workload. Epoch grows with every move and never shrinks.

@@ -35,6 +35,7 @@ const (
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
 	KindVolumeSaved    Kind = "volume.saved"     // VolumeSaved, by the same
+	KindVolumeRestore  Kind = "volume.restore"   // VolumeRestore, by the contract's account
 	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
 )
 
@@ -279,4 +280,10 @@ type VolumeSaved struct {
 	Volume   contract.VolumeID `cbor:"1,keyasint"`
 	Sequence uint64            `cbor:"2,keyasint"`
 	Snapshot [32]byte          `cbor:"3,keyasint"`
+}
+
+// VolumeRestore puts a volume back to one of its snapshots. Its workload starts anew.
+type VolumeRestore struct {
+	Volume   contract.VolumeID `cbor:"1,keyasint"`
+	Snapshot [32]byte          `cbor:"2,keyasint"` // digest of its manifest (package volume)
 }

@@ -133,6 +133,7 @@ func life(t *testing.T) (*vectors, *State) {
 	apply(KindEnvelopePut, owner, &EnvelopePut{[]contract.Envelope{env("node", node)}}, user)
 	apply(KindVolumeCreated, Actor{true, node}, &VolumeCreated{contract.VolumeOf(h.ContractID(), "data")}, machine)
 	show(Actor{true, node}, 9, KindVolumeSaved, &VolumeSaved{contract.VolumeOf(h.ContractID(), "data"), 3, [32]byte{4}}, machine) // it would need a store
+	show(owner, 9, KindVolumeRestore, &VolumeRestore{contract.VolumeOf(h.ContractID(), "data"), [32]byte{4}}, user)
 	v.add("store.volume", canonical.Encode(&Store{Contract: contract.ID{1}, FrontEnd: [32]byte{7}, Recovery: [32]byte{8}, Limit: 1 << 29, Volume: contract.VolumeID{2}, Node: node}))
 	v.add("volume.saved", canonical.Encode(&Volume{ID: contract.VolumeID{2}, Contract: contract.ID{1}, Name: "data", Size: 1 << 30, Node: node, Created: true, Sequence: 3, Snapshot: [32]byte{4}}))
 	apply(KindWorkloadReport, Actor{true, node}, &WorkloadReport{

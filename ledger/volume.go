@@ -3,6 +3,7 @@ package ledger
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"holdfast/contract"
 	"holdfast/identity"
@@ -99,7 +100,7 @@ func (b *batch) volumeCreated(who *signers, p *VolumeCreated) error {
 	if err != nil {
 		return err
 	}
-	v.Created = true
+	v.Created, v.From = true, [32]byte{}
 	set(b, VolumeKey(v.ID), v)
 	return nil
 }
@@ -120,5 +121,43 @@ func (b *batch) volumeSaved(who *signers, p *VolumeSaved) error {
 	}
 	v.Sequence, v.Snapshot = p.Sequence, p.Snapshot
 	set(b, VolumeKey(v.ID), v)
+	return nil
+}
+
+// volumeRestore has the node that has a volume make its disk anew from a snapshot, in a new epoch of its workload.
+func (b *batch) volumeRestore(who *signers, p *VolumeRestore) error {
+	v, err := get[Volume](&b.State, VolumeKey(p.Volume))
+	if err != nil {
+		return fmt.Errorf("%v: %w", p.Volume, err)
+	}
+	c, h, err := b.mine(who, v.Contract, identity.ActRevise)
+	if err != nil {
+		return err
+	}
+	switch {
+	case p.Snapshot == [32]byte{}:
+		return errors.New("no snapshot is named")
+	case v.Sequence == 0:
+		return fmt.Errorf("the ledger knows of no snapshot of volume %q", v.Name)
+	case c.Over():
+		return fmt.Errorf("%v is %s", c.ID, c.State)
+	}
+	v.Created, v.From = false, p.Snapshot
+	set(b, VolumeKey(v.ID), v)
+	as, err := orZero(get[Assignments](&b.State, AssignmentsKey(c.ID)))
+	if err != nil {
+		return fmt.Errorf("assignments of %v: %w", c.ID, err)
+	}
+	for i := range as.Current {
+		a := &as.Current[i]
+		if s, ok := h.Service(a.Service); ok && slices.Contains(s.Volumes, v.Name) {
+			a.Epoch++
+			a.Height = b.height
+			set(b, AssignmentsKey(c.ID), as)
+		}
+	}
+	if err := who.agreed(identity.ActRevise, h.Consents(identity.ActRevise)); err != nil {
+		return of(c.ID, err)
+	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"holdfast/contract"
+	"holdfast/identity"
 )
 
 // created has the node of a contract's volume say that its disk is there.
@@ -168,5 +169,57 @@ func TestStoreOfAVolume(t *testing.T) {
 		if _, have := x.s.tree.get(key); have {
 			t.Errorf("%q is left", key[:8])
 		}
+	}
+}
+
+// An owner has a volume put back: its workload gets a new epoch, in which its node makes the disk anew.
+func TestAVolumeIsPutBack(t *testing.T) {
+	x := newGrid(t, "lab")
+	h := x.header("db", withVolume)
+	x.must(x.deploy(h))
+	back := func(digest byte) *Tx {
+		return x.tx(KindVolumeRestore, Actor{ID: x.acct}, &VolumeRestore{contract.VolumeOf(h.ContractID(), "data"), [32]byte{digest}}, x.owner)
+	}
+	x.refused("before there is a snapshot", back(1), "no snapshot of volume")
+	x.created(h)
+	node := x.where(x.assigned(h)[0])
+	x.must(x.saved(h, node, 3))
+	other := x.person(1)
+	x.refused("by somebody else", x.tx(KindVolumeRestore, Actor{ID: other.id}, &VolumeRestore{contract.VolumeOf(h.ContractID(), "data"), [32]byte{1}}, other.key), "")
+	x.refused("to nothing", back(0), "no snapshot is named")
+	was := x.assigned(h)[0]
+	x.must(back(7))
+	now := x.assigned(h)[0]
+	if v, _ := x.volume(h); v.Created || !v.Restore() || v.From != [32]byte{7} || v.Sequence != 3 || now.Epoch != was.Epoch+1 || now.Node != was.Node {
+		t.Errorf("%+v, %+v → %+v", v, was, now)
+	}
+	// Should the node be lost before it has, the next one does what was asked.
+	x.block([]int{(node + 1) % 3, (node + 2) % 3})
+	if v, _ := x.volume(h); v.Node == was.Node || v.From != [32]byte{7} || !v.Restore() {
+		t.Errorf("%+v", v)
+	}
+	x.created(h)
+	if v, _ := x.volume(h); v.From != [32]byte{} || v.Restore() {
+		t.Errorf("%+v", v)
+	}
+}
+
+func TestPuttingBackNeedsConsent(t *testing.T) {
+	x := newGrid(t, "lab")
+	friend := x.person(1)
+	board := approval("board", 1, map[identity.AccountID]uint16{friend.id: 1}, identity.ActRevise)
+	h := x.header("db", withVolume, approvals(board))
+	x.must(x.deploy(h))
+	x.created(h)
+	x.must(x.saved(h, x.where(x.assigned(h)[0]), 3))
+	epoch := x.assigned(h)[0].Epoch
+	tx := x.tx(KindVolumeRestore, Actor{ID: x.acct}, &VolumeRestore{contract.VolumeOf(h.ContractID(), "data"), [32]byte{7}}, x.owner)
+	x.must(tx)
+	if v, _ := x.volume(h); v.From != [32]byte{} || x.assigned(h)[0].Epoch != epoch {
+		t.Fatalf("without consent: %+v", v)
+	}
+	x.must(x.consent(friend, ProposalID(tx.ID())))
+	if v, _ := x.volume(h); v.From != [32]byte{7} || x.assigned(h)[0].Epoch != epoch+1 {
+		t.Errorf("with consent: %+v", v)
 	}
 }

@@ -748,7 +748,7 @@ func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 		}
 		for _, name := range s.Volumes {
 			if rec := c.Volumes[name]; rec != nil {
-				v := WorkVolume{ID: rec.ID, Name: name, Size: int64(rec.Size), Created: rec.Created, Restore: rec.Restore(), Key: o.keys.Volumes[name], Sequence: rec.Sequence, Snapshot: rec.Snapshot}
+				v := WorkVolume{ID: rec.ID, Name: name, Size: int64(rec.Size), Created: rec.Created, Restore: rec.Restore(), Key: o.keys.Volumes[name], Sequence: rec.Sequence, Snapshot: rec.Snapshot, From: rec.From}
 				if slices.ContainsFunc(c.Header.Volumes, func(x contract.Volume) bool { return x.Name == name && x.Store != contract.Store{} }) {
 					v.Store = o.keys.VolumeStore(name)
 				}

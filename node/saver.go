@@ -55,9 +55,10 @@ type saver struct {
 	ready  chan struct{} // closed: the disk is there
 	end    sync.Once
 
-	mu   sync.Mutex
-	pace volume.Pace
-	why  string // why the newest snapshot is not newer; "" when that is as it should be
+	mu    sync.Mutex
+	place *shelf // nil while the store is not open
+	pace  volume.Pace
+	why   string // why the newest snapshot is not newer; "" when that is as it should be
 
 	// Of run alone.
 	told      volume.Snapshot // that the ledger knows of
@@ -128,6 +129,33 @@ func (s *savers) finish(ctx context.Context, id contract.VolumeID, save bool) {
 	if s.all[id] == x {
 		delete(s.all, id)
 	}
+}
+
+// leave finishes the saving of a volume that an earlier epoch began here: what its disk has now can be had back too.
+func (s *savers) leave(ctx context.Context, id contract.VolumeID, epoch uint64) {
+	s.mu.Lock()
+	x := s.all[id]
+	s.mu.Unlock()
+	if x != nil && x.epoch < epoch {
+		s.finish(ctx, id, true)
+	}
+}
+
+// snapshots are those of a volume that this node saves, oldest first.
+func (s *savers) snapshots(ctx context.Context, id contract.VolumeID) ([]volume.Snapshot, error) {
+	s.mu.Lock()
+	x := s.all[id]
+	s.mu.Unlock()
+	if x == nil {
+		return nil, errors.New("the volume is not open")
+	}
+	x.mu.Lock()
+	p := x.place
+	x.mu.Unlock()
+	if p == nil {
+		return nil, errors.New("the store of its snapshots is not open")
+	}
+	return volume.Snapshots(ctx, x.spec(), p, volume.Snapshot{})
 }
 
 // saved is the moment of the newest snapshots of volumes, of the oldest of these, in Unix milliseconds; 0 where one has none.
@@ -260,6 +288,8 @@ func (s *saver) work(ctx context.Context) (err error) {
 		err = errors.Join(err, o.close())
 	}()
 	p := &shelf{store: o.store}
+	s.show(p)
+	defer s.show(nil)
 	select {
 	case <-s.ready:
 	default:
@@ -293,6 +323,12 @@ func (s *saver) work(ctx context.Context) (err error) {
 			s.log.Warn("snapshots are not collected", "error", err)
 		}
 	}
+}
+
+func (s *saver) show(p *shelf) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.place = p
 }
 
 // wait returns when a snapshot is due; last is true when it is the last one. After failures it is due later.
@@ -362,7 +398,7 @@ func (s *saver) restore(ctx context.Context, p volume.Place) error {
 	if err := s.agent.noteVolume(s.volume.ID); err != nil {
 		return err
 	}
-	snap, err := s.agent.volumes.Restore(ctx, s.spec(), p, volume.From{Epoch: s.epoch, Floor: s.floor()})
+	snap, err := s.agent.volumes.Restore(ctx, s.spec(), p, volume.From{Epoch: s.epoch, Digest: s.volume.From, Floor: s.floor()})
 	if err != nil {
 		return err
 	}

@@ -61,6 +61,7 @@ type WorkVolume struct {
 	Store    [32]byte // what the store of its snapshots derives from; zero: it has none
 	Sequence uint64   // of the newest snapshot that the ledger knows of; 0: of none
 	Snapshot [32]byte // its digest
+	From     [32]byte // digest of the snapshot that it is to be restored from; zero: the newest
 }
 
 // observed is what the pure decision needs to know.
@@ -447,13 +448,14 @@ func (c *controller) lost(s *sandbox.Status) bool {
 
 // restored waits until a volume's disk is made from its snapshots, unless something else is wanted meanwhile.
 func (c *controller) restored(ctx context.Context, w *Workload, v *WorkVolume) error {
+	c.say(w, ledger.StateStarting, "its volume is restored", false)
+	ctx, done := c.unless(ctx, func(now *Workload) bool { return now == nil || now.Epoch != w.Epoch || now.Held != "" })
+	defer done()
+	c.agent.savers.leave(ctx, v.ID, w.Epoch)
 	x := c.agent.savers.begin(v, w.Epoch)
 	if x == nil {
 		return &failure{notRestored, errors.New("it has no store")}
 	}
-	c.say(w, ledger.StateStarting, "its volume is restored", false)
-	ctx, done := c.unless(ctx, func(now *Workload) bool { return now == nil || now.Epoch != w.Epoch || now.Held != "" })
-	defer done()
 	return x.waitReady(ctx)
 }
 

@@ -134,12 +134,7 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	if err != nil {
 		return nil, err
 	}
-	reports := map[contract.WorkloadID][]ledger.Report{}
-	for _, h := range beats {
-		for _, r := range h.Workloads {
-			reports[r.Workload] = append(reports[r.Workload], r)
-		}
-	}
+	reports := byWorkload(beats)
 	ids := []contract.ID{only}
 	if only.IsZero() {
 		ids = nil
@@ -193,6 +188,17 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 		})
 	}
 	return s, eg.Wait()
+}
+
+// byWorkload sorts what nodes report.
+func byWorkload(beats []*ledger.Heartbeat) map[contract.WorkloadID][]ledger.Report {
+	out := map[contract.WorkloadID][]ledger.Report{}
+	for _, h := range beats {
+		for _, r := range h.Workloads {
+			out[r.Workload] = append(out[r.Workload], r)
+		}
+	}
+	return out
 }
 
 // statusOf is what the ledger has of a contract.

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -105,7 +106,55 @@ func volumeFollows(t *testing.T, l *Lab) {
 		t.Errorf("what was written while a late node was there: %q", got)
 	}
 	l.Run("lab", "resume", now.Node)
+	l.saved("notes/keep-0")
+	l.putBack(t, read, write)
 	l.Run("contract", "cancel", "notes", "--yes")
+}
+
+// putBack has the owner put the volume back to a snapshot, and then to what it was before he did that.
+func (l *Lab) putBack(t *testing.T, read func(string) string, write func(string, string)) {
+	type snapshot struct {
+		Sequence uint64
+		Time     time.Time
+	}
+	list := func() (all []snapshot) {
+		out, err := l.Try("volume", "snapshots", "notes/data", "--json")
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &all)
+		}
+		if err != nil || len(all) == 0 {
+			return nil
+		}
+		return all
+	}
+	before := list()
+	if before == nil {
+		t.Fatal("no snapshots are shown")
+	}
+	write("third", "by mistake")
+	l.saved("notes/keep-0")
+	was := l.Workload("notes/keep-0")
+	if out := l.Run("volume", "restore", "notes/data", fmt.Sprint(before[0].Sequence), "--dry-run"); !strings.Contains(out, "notes/data is put back to what it was at ") {
+		t.Errorf("dry run: %s", out)
+	}
+	if _, err := l.Try("volume", "restore", "notes/data", "999999", "--yes"); err == nil || !strings.Contains(err.Error(), "is not kept") {
+		t.Errorf("a snapshot that there is not: %v", err)
+	}
+	l.Run("volume", "restore", "notes/data", fmt.Sprint(before[0].Sequence), "--yes")
+	l.Until("what it was", func() bool { return read("third") == "last" && l.Workload("notes/keep-0").Epoch > was.Epoch })
+	l.saved("notes/keep-0")
+	after := list()
+	i := slices.IndexFunc(after, func(s snapshot) bool {
+		return s.Time.Before(time.Now()) && s.Sequence > before[0].Sequence && s.Sequence < after[0].Sequence
+	})
+	if i < 0 {
+		t.Fatalf("before %v, after %v", before, after)
+	}
+	l.Run("volume", "restore", "notes/data", fmt.Sprint(after[i].Sequence), "--yes")
+	l.Until("the mistake", func() bool { return read("third") == "by mistake" })
+	if out := l.Run("volume", "list"); !strings.Contains(out, "notes/data") || !strings.Contains(out, " ago") {
+		t.Errorf("volume list: %s", out)
+	}
 }
 
 // ledgerRows is PostgreSQL under a writer that notes what was acknowledged, and an auditor. These two stay where they are.
