@@ -35,6 +35,8 @@ const (
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
 	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
+	KindValidatorJoin  Kind = "validator.join"   // ValidatorJoin, by the grid's account
+	KindValidatorLeave Kind = "validator.leave"  // ValidatorLeave, by the grid's account
 )
 
 // Tx is a signed transaction. Signatures are over everything else: grid, actor, nonce, kind and payload.

@@ -293,7 +293,7 @@ func newBlock(h head, base *block) (*block, error) {
 	if set == nil && bytes.Equal(sh.ValidatorsHash, base.ValidatorsHash) {
 		set = base.set
 	}
-	return &block{sh, set}, nil
+	return &block{SignedHeader: sh, set: set}, nil
 }
 
 // fetch gets a header, unverified.
