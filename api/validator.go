@@ -261,7 +261,7 @@ func (m machine) Apply(b comet.Block) (comet.State, []comet.Result) {
 }
 
 // Validators is the set that the ledger decided on.
-func (m machine) Validators() []comet.Member { return members(m.State.Validators()) }
+func (m machine) Validators() []comet.Member { return members(m.State.Validators().Members) }
 
 func (m machine) Changes(since comet.State) iter.Seq2[string, []byte] {
 	if since == nil {
@@ -349,6 +349,7 @@ func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusForbidden)
 		return
 	}
+	w.Header().Set(setHeader, strconv.FormatInt(s.Validators().Height, 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 

@@ -30,6 +30,7 @@ type State struct {
 	birth *Genesis        // the tree's genesis, kept at hand: it is read with every block and never changes
 	fleet []schedule.Node // the tree's nodes with the room that is left, kept at hand; never changed in place
 	set   []Validator     // the tree's validators, kept at hand; never changed in place
+	setAt int64           // the height of the block that made set; 0: the genesis
 	told  []told          // of the block that made it, outside the tree
 }
 
@@ -117,7 +118,7 @@ func Load(all iter.Seq2[string, []byte]) (*State, error) {
 	if s.fleet, err = readFleet(s); err != nil {
 		return nil, err
 	}
-	if s.set, err = readSet(s); err != nil {
+	if s.set, s.setAt, err = readSet(s); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -225,7 +226,7 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 			}
 			continue
 		}
-		b.tree, b.fleet, b.set = try.tree, try.fleet, try.set
+		b.tree, b.fleet, b.set, b.setAt = try.tree, try.fleet, try.set, try.setAt
 		if try.subject != (contract.ID{}) {
 			b.told = append(b.told, told{i, try.subject})
 		}
@@ -235,6 +236,10 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 		// A jump of time longer than a lease means that the ledger stood still, and with it the ears of all: everybody
 		// gets one more lease.
 		if s.clock.Time != 0 && now-s.clock.Time > lease {
+			b.clock.Grace = now + lease + g.Margin.Milliseconds()
+		}
+		// Until the new set votes, nodes count by the old one who has heard them; and what comes into it may never have.
+		if b.setAt > 0 && blk.Height <= b.setAt+2 {
 			b.clock.Grace = now + lease + g.Margin.Milliseconds()
 		}
 		b.clock.Time = now

@@ -35,9 +35,9 @@ type Validators struct {
 
 // ValidatorsOf reads the record at ValidatorsKey, as a View returns it. While it is absent, its proven absence says that the
 // validators are those of the genesis.
-func ValidatorsOf(g *Genesis, raw []byte, present bool) ([]Validator, error) {
+func ValidatorsOf(g *Genesis, raw []byte, present bool) (*Validators, error) {
 	if !present {
-		return g.Validators, nil
+		return &Validators{Members: g.Validators}, nil
 	}
 	v, err := Decode[Validators](raw)
 	if err != nil {
@@ -46,19 +46,23 @@ func ValidatorsOf(g *Genesis, raw []byte, present bool) ([]Validator, error) {
 	if len(v.Members) == 0 || len(v.Members) > MaxValidators {
 		return nil, fmt.Errorf("validators: %d of them", len(v.Members))
 	}
-	return v.Members, nil
+	return v, nil
 }
 
-func readSet(s *State) ([]Validator, error) {
+func readSet(s *State) ([]Validator, int64, error) {
 	if s.birth == nil {
-		return nil, nil
+		return nil, 0, nil
 	}
 	raw, ok := s.tree.get(ValidatorsKey)
-	return ValidatorsOf(s.birth, raw, ok)
+	v, err := ValidatorsOf(s.birth, raw, ok)
+	if err != nil {
+		return nil, 0, err
+	}
+	return v.Members, v.Height, nil
 }
 
 // Validators is the set that this state decided on. It is not to be changed.
-func (s *State) Validators() []Validator { return s.set }
+func (s *State) Validators() *Validators { return &Validators{s.set, s.setAt} }
 
 // ValidatorJoin makes a machine a validator.
 type ValidatorJoin struct {
@@ -212,7 +216,7 @@ func (b *batch) changeSet(next []Validator) error {
 		return fmt.Errorf("power %d comes and %d goes of %d in one block: what comes and twice what goes must not be more than that, so that clients can follow; do it in steps",
 			come, gone, total)
 	}
-	b.set = next
+	b.set, b.setAt = next, b.height
 	set(b, ValidatorsKey, &Validators{Members: next, Height: b.height})
 	return nil
 }

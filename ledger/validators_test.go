@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"maps"
+	"reflect"
 	"testing"
 	"time"
 
@@ -43,11 +44,14 @@ func (x *grid) names() (out string) {
 	if err != nil {
 		x.t.Fatal(err)
 	}
-	for i := range all {
-		out += all[i].Name + " "
-		if x.s.Validators()[i].Name != all[i].Name || len(x.s.Validators()) != len(all) {
-			x.t.Fatalf("at hand are %d others", len(x.s.Validators()))
+	if have := x.s.Validators(); have.Height != all.Height || len(have.Members) != len(all.Members) {
+		x.t.Fatalf("at hand are %d of height %d, the record has %d of %d", len(have.Members), have.Height, len(all.Members), all.Height)
+	}
+	for i, v := range x.s.Validators().Members {
+		if v.Name != all.Members[i].Name {
+			x.t.Fatalf("at hand is %s for %s", v.Name, all.Members[i].Name)
 		}
+		out += v.Name + " "
 	}
 	return out
 }
@@ -99,8 +103,8 @@ func TestValidatorsJoinAndLeave(t *testing.T) {
 	x.must(x.leave(va.ID()))
 	x.refused("a key comes back", x.join(proves(grid, va, ka)), "no key comes back")
 	loaded, err := Load(maps.All(maps.Collect(x.s.Changes(nil))))
-	if err != nil || loaded.Root() != x.s.Root() || len(loaded.Validators()) != 1 || loaded.Validators()[0].Name != "vb" {
-		t.Fatalf("a loaded state has %d validators, %v", len(loaded.Validators()), err)
+	if err != nil || loaded.Root() != x.s.Root() || !reflect.DeepEqual(loaded.Validators(), x.s.Validators()) {
+		t.Fatalf("a loaded state has %+v, %v", loaded.Validators(), err)
 	}
 }
 
@@ -187,4 +191,44 @@ func TestWhoWasSeenToLieIsOut(t *testing.T) {
 		t.Fatalf("after proof against va: %s", got)
 	}
 	x.refused("who was expelled comes back", x.join(proves(x.g.GridID(), va, ka)), "no key comes back")
+}
+
+// A node counts by the set that it knows who has heard it. Were it taken for dead by those who have just come, its lease would
+// still run, and what has a volume would run twice.
+func TestANewSetTakesNobodyForDeadAtOnce(t *testing.T) {
+	for _, join := range []bool{true, false} {
+		x := newGrid(t, "lab")
+		v, k := candidate(0)
+		if join {
+			x.must(x.join(proves(x.g.GridID(), v, k)))
+		} else {
+			x.pass(time.Second)
+		}
+		changed := x.at
+		deaf := []Heard{{10, Bitmap{}}, {10, Bitmap{}}}
+		for {
+			x.h++
+			x.at = x.at.Add(time.Second)
+			x.s, _ = x.s.Apply(Block{Height: x.h, Time: x.at, Heard: deaf})
+			id := x.nodes[0].Public()
+			n, err := get[Node](x.s, NodeKey(id.Node()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !n.Up {
+				break
+			}
+			if x.at.Sub(changed) > time.Minute {
+				t.Fatal("a dead node is never taken for dead")
+			}
+		}
+		// The set votes two blocks later: two seconds, and then lease and margin.
+		want := time.Second
+		if join {
+			want = 8 * time.Second
+		}
+		if got := x.at.Sub(changed); got < want || !join && got != want {
+			t.Errorf("join %v: taken for dead after %v, want %v", join, got, want)
+		}
+	}
 }
