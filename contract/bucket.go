@@ -59,12 +59,21 @@ type Bucket struct {
 	Versioning bool   `cbor:"2,keyasint,omitempty"`
 }
 
-func (s *Store) validate(h *Header) error {
-	switch f, ok := h.Service(FrontEndService); {
+func (s *Store) valid() error {
+	switch {
 	case s.FrontEnd == [32]byte{} || s.Recovery == [32]byte{} || s.FrontEnd == s.Recovery:
 		return errors.New("store: a key is missing, or one is for both uses")
 	case s.Limit < MinStore || s.Limit > MaxStore:
 		return fmt.Errorf("store: %d bytes on a location, %d to %d are allowed", s.Limit, MinStore, int64(MaxStore))
+	}
+	return nil
+}
+
+func (s *Store) validate(h *Header) error {
+	if err := s.valid(); err != nil {
+		return err
+	}
+	switch f, ok := h.Service(FrontEndService); {
 	case !ok:
 		return fmt.Errorf("store: there is no service %q, its front end", FrontEndService)
 	case f.Replicas != 1 || len(f.Volumes) > 0 || f.Egress:

@@ -329,7 +329,7 @@ func supported(section string) []string {
 		"approval":     {"need", "of", "acts"},
 		"bucket":       {"versioning"},
 		"x svc":        {"placement", "egress", "buckets", "deadline"},
-		"x vol":        {"size"},
+		"x vol":        {"size", "snapshots"},
 		"route":        {"host", "service", "port"},
 		"place":        {"spread", "farms", "nodes"},
 	}[section]

@@ -136,12 +136,17 @@ func TestSupported(t *testing.T) {
 		{"hostname", web("hostname: front"), body("front", func(p *Process) any { return p.Hostname })},
 
 		{"a named volume", web("volumes: [data:/var/lib/data]") + "volumes: {data: }\n", func(t *testing.T, d *Document) {
-			want := []Volume{{"data", DefaultVolumeSize}}
+			want := []Volume{{"data", DefaultVolumeSize, Store{Limit: 512 << 20}}}
 			if !reflect.DeepEqual(d.Header.Volumes, want) || !reflect.DeepEqual(d.Header.Services[0].Volumes, []string{"data"}) || !reflect.DeepEqual(d.Body.Services[0].Mounts, []Mount{{"data", "/var/lib/data", false}}) {
 				t.Errorf("%+v %+v", d.Header, d.Body.Services[0].Mounts)
 			}
 		}},
 		{"a volume read-only, and in the long form", web("volumes:\n  - bb:/b:ro\n  - {type: volume, source: a, target: /a/, read_only: true}") + "volumes: {a: , bb: }\n", body([]Mount{{"a", "/a", true}, {"bb", "/b", true}}, func(p *Process) any { return p.Mounts })},
+		{"a volume without snapshots", web("volumes: [data:/d]") + "volumes:\n  data:\n    x-holdfast: {snapshots: false}\n", func(t *testing.T, d *Document) {
+			if v := d.Header.Volumes[0]; v.Store != (Store{}) {
+				t.Errorf("%+v", v)
+			}
+		}},
 		{"x-holdfast.size of a volume", web("volumes: [data:/d]") + "volumes:\n  data:\n    x-holdfast: {size: 4GiB}\n", func(t *testing.T, d *Document) {
 			if d.Header.Volumes[0].Size != 4<<30 {
 				t.Errorf("%+v", d.Header.Volumes)
@@ -283,6 +288,12 @@ func signable(t testing.TB, d *Document) (*Header, *Body) {
 			continue
 		}
 		b.Services[i].Image = Image{Reference: b.Services[i].Image.Reference, Manifest: m, Blobs: []Blob{{Digest: m, Size: 1}}}
+	}
+	h.Volumes = slices.Clone(h.Volumes)
+	for i := range h.Volumes {
+		if s := &h.Volumes[i].Store; *s != (Store{}) {
+			s.FrontEnd[0], s.Recovery[0] = 6, 7
+		}
 	}
 	if h.Store != (Store{}) {
 		bound := *d

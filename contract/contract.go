@@ -169,8 +169,9 @@ func (p *Placement) Allows(farm, node string) bool {
 
 // Volume is a disk of one service. Its data stays with the contract over revisions.
 type Volume struct {
-	Name string `cbor:"1,keyasint" json:"name"`
-	Size uint64 `cbor:"2,keyasint" json:"size"` // bytes
+	Name  string `cbor:"1,keyasint" json:"name"`
+	Size  uint64 `cbor:"2,keyasint" json:"size"`                    // bytes
+	Store Store  `cbor:"3,keyasint,omitzero" json:"store,omitzero"` // of its snapshots; zero: none are taken
 }
 
 // Route leads a host name to a port of a service.

@@ -109,7 +109,15 @@ func (l *composer) convert(p *types.Project) error {
 		if err != nil {
 			return err
 		}
-		h.Volumes = append(h.Volumes, Volume{name, size})
+		v := Volume{Name: name, Size: size}
+		n := child(child(child(child(l.root, "volumes"), name), "x-holdfast"), "snapshots")
+		switch {
+		case n == nil || n.Value == "true":
+			v.Store.Limit = VolumeStore(size)
+		case n.Value != "false":
+			return at(n, "volume %s: snapshots is true or false", name)
+		}
+		h.Volumes = append(h.Volumes, v)
 	}
 	if err := l.routes(top); err != nil {
 		return err
@@ -126,6 +134,12 @@ func (l *composer) rehearse() error {
 	h.Grid[0], h.Account[0], h.Revision, h.SealedSize = 1, 1, 1, overhead+1
 	if h.Store != (Store{}) {
 		h.Store.FrontEnd[0], h.Store.Recovery[0] = 1, 2
+	}
+	h.Volumes = slices.Clone(h.Volumes)
+	for i := range h.Volumes {
+		if s := &h.Volumes[i].Store; *s != (Store{}) {
+			s.FrontEnd[0], s.Recovery[0] = 1, 2
+		}
 	}
 	for i := range h.Services {
 		s, p := &h.Services[i], &l.doc.Body.Services[i]

@@ -33,7 +33,7 @@ func vectorContract() (*Header, *Keys, *Body) {
 			{Name: "db", Replicas: 1, CPUMilli: 1000, Memory: 512 << 20, Pids: 512, Networks: []string{"default"}, Volumes: []string{"data"}},
 			{Name: "web", Replicas: 2, CPUMilli: 250, Memory: 128 << 20, Pids: 100, Networks: []string{"default"}, Placement: Placement{"farm", []string{"farm-1", "farm-2"}, []string{"node-3"}}, Egress: true, Update: Update{1, OnFailurePause, 30, 300}},
 		},
-		Volumes: []Volume{{"data", 1 << 30}}, Networks: []string{"default"}, Routes: []Route{{"shop.localhost", "web", 8080}},
+		Volumes: []Volume{{"data", 1 << 30, Store{}}}, Networks: []string{"default"}, Routes: []Route{{"shop.localhost", "web", 8080}},
 	}
 	k := &Keys{Body: fill32(0x10), Salt: fill32(0x11), Volumes: map[string][32]byte{"data": fill32(0x12), "old": fill32(0x13)}, Networks: map[string][32]byte{"default": fill32(0x14)}}
 	img := Image{"example/web:1", manifest, []Blob{{manifest, 1, fill32(0x20), fill32(0x21)}, {layer, 1 << 20, fill32(0x22), fill32(0x23)}}}

@@ -178,7 +178,11 @@ func facts(h *Header, b *Body) map[string]map[string]fact {
 		add("", "storage on each location", bytesText(h.Store.Limit), h.Store.Limit)
 	}
 	for _, v := range h.Volumes {
-		add("", "volume "+v.Name, bytesText(v.Size), v.Size)
+		kept := ""
+		if v.Store == (Store{}) {
+			kept = ", without snapshots"
+		}
+		add("", "volume "+v.Name, bytesText(v.Size)+kept, v.Size, kept)
 	}
 	for i := range h.Services {
 		s, p := &h.Services[i], &b.Services[i]

@@ -131,6 +131,11 @@ func (h *Header) Validate() error {
 		if v.Size == 0 || v.Size > MaxVolumeSize {
 			return fmt.Errorf("volume %q has %d bytes, 1 to %d are allowed", v.Name, v.Size, int64(MaxVolumeSize))
 		}
+		if v.Store != (Store{}) {
+			if err := v.Store.valid(); err != nil {
+				return fmt.Errorf("volume %q: %w", v.Name, err)
+			}
+		}
 	}
 	if err := names("volume", volumes, MaxVolumes); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 
 	"holdfast/contract"
 	"holdfast/store"
@@ -12,6 +13,11 @@ import (
 
 // bindStore gives a document with buckets its store: that of the revision before, or a new one.
 func (u *User) bindStore(ctx context.Context, doc *contract.Document, current *Current) error {
+	if current != nil {
+		if err := doc.BindVolumes(current.Header); err != nil {
+			return err
+		}
+	}
 	has := current != nil && current.Header.Store != (contract.Store{})
 	switch {
 	case doc.Body.FrontEnd() == nil && has:
@@ -79,4 +85,26 @@ func (u *User) StorePhrase(ctx context.Context, name string) (string, error) {
 		return "", errors.Join(fmt.Errorf("%s: its store derives from another account's root", name), err)
 	}
 	return root.Phrase(), nil
+}
+
+// pinVolumes names the keys of the stores of volumes that have none yet. The one that undoes deletes is the account's alone.
+func (u *User) pinVolumes(h *contract.Header, keys *contract.Keys) error {
+	h.Volumes = slices.Clone(h.Volumes)
+	for i := range h.Volumes {
+		v := &h.Volumes[i]
+		if v.Store == (contract.Store{}) || v.Store.FrontEnd != [32]byte{} {
+			continue
+		}
+		seed := keys.VolumeStore(v.Name)
+		front, _, err := store.Root(seed).Pins()
+		if err != nil {
+			return err
+		}
+		_, recovery, err := store.Root(u.Keys.StoreRoot(seed)).Pins()
+		if err != nil {
+			return err
+		}
+		v.Store.FrontEnd, v.Store.Recovery = front, recovery
+	}
+	return nil
 }

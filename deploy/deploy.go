@@ -295,6 +295,9 @@ func (u *User) Submit(ctx context.Context, p *Proposal, now time.Time, progress 
 	}
 	progress("sealing", 0, 0)
 	keys := contract.NewKeys(&h, previous)
+	if err := u.pinVolumes(&h, keys); err != nil {
+		return nil, err
+	}
 	sealed, err := contract.Seal(&h, keys, &body)
 	if err != nil {
 		return nil, err

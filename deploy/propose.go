@@ -63,6 +63,11 @@ func (u *User) SetState(ctx context.Context, id contract.ID, state string) (*led
 	return u.propose(ctx, ledger.KindContractState, &ledger.ContractState{Contract: id, State: state})
 }
 
+// RestoreVolume puts a volume back to a snapshot.
+func (u *User) RestoreVolume(ctx context.Context, id contract.VolumeID, snapshot [32]byte) (*ledger.Proposal, error) {
+	return u.propose(ctx, ledger.KindVolumeRestore, &ledger.VolumeRestore{Volume: id, Snapshot: snapshot})
+}
+
 // SetPolicy proposes a policy for the account.
 func (u *User) SetPolicy(ctx context.Context, p identity.Policy) (*ledger.Proposal, error) {
 	return u.propose(ctx, ledger.KindAccountPolicy, &ledger.AccountPolicy{Policy: p})

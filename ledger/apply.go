@@ -186,6 +186,8 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActCreate, identity.ActRevise, identity.ActScale, identity.ActRoute}
 	case KindContractCancel:
 		return []identity.Act{identity.ActCancel}
+	case KindVolumeRestore:
+		return []identity.Act{identity.ActRevise}
 	case KindContractState:
 		return []identity.Act{identity.ActPause, identity.ActCancel}
 	case KindAccountPolicy:
@@ -255,6 +257,10 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *WorkloadReport) error { return b.workloadReport(who, p) })
 	case KindVolumeCreated:
 		return with(tx, func(p *VolumeCreated) error { return b.volumeCreated(who, p) })
+	case KindVolumeSaved:
+		return with(tx, func(p *VolumeSaved) error { return b.volumeSaved(who, p) })
+	case KindVolumeRestore:
+		return with(tx, func(p *VolumeRestore) error { return b.volumeRestore(who, p) })
 	}
 	return errors.New("this kind of transaction is not known")
 }
@@ -668,20 +674,6 @@ func (b *batch) networkIndex() (uint16, error) {
 	return free[0], drop(b, freeNetworksKey, free[0])
 }
 
-func (b *batch) volumes(id contract.ID, h *contract.Header) error {
-	for _, v := range h.Volumes {
-		vid := contract.VolumeOf(id, v.Name)
-		if old, err := get[Volume](&b.State, VolumeKey(vid)); err == nil {
-			if old.Size != v.Size {
-				return fmt.Errorf("volume %q has %d bytes; a volume's size cannot change", v.Name, old.Size)
-			}
-			continue
-		}
-		set(b, VolumeKey(vid), &Volume{ID: vid, Contract: id, Name: v.Name, Size: v.Size})
-	}
-	return nil
-}
-
 // routes makes the contract's routes exactly those wanted, where it had those that were. A host of another contract is
 // refused.
 func (b *batch) routes(id contract.ID, was, want []contract.Route) error {
@@ -795,17 +787,4 @@ func Eligible(h *contract.Header, n *Node) bool {
 	return n.CPUMilli >= schedule.OverheadCPUMilli && n.Memory >= schedule.OverheadMemory && slices.ContainsFunc(h.Services, func(s contract.Service) bool {
 		return s.Placement.Allows(n.FarmName, n.Name)
 	})
-}
-
-func (b *batch) volumeCreated(who *signers, p *VolumeCreated) error {
-	v, err := get[Volume](&b.State, VolumeKey(p.Volume))
-	if err != nil {
-		return fmt.Errorf("%v: %w", p.Volume, err)
-	}
-	if who.node == nil || v.Node != who.node.ID {
-		return fmt.Errorf("%v is on another node", p.Volume)
-	}
-	v.Created = true
-	set(b, VolumeKey(v.ID), v)
-	return nil
 }

@@ -160,6 +160,7 @@ func (b *batch) place(fleet []schedule.Node, c *Contract, h *contract.Header, ol
 				t.carry(&a, old, last, c.Current, c.Trial.From)
 				w.Current = a.Node
 			}
+			stuck := false
 			for _, name := range s.Volumes {
 				v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name)))
 				if err != nil {
@@ -167,8 +168,10 @@ func (b *batch) place(fleet []schedule.Node, c *Contract, h *contract.Header, ol
 				}
 				if !v.Node.IsZero() {
 					w.Pinned, w.Volume = v.Node, name
+					stuck = stuck || v.Created && v.Sequence == 0 // on its disk alone
 				}
 			}
+			w.Saved = !stuck
 			work, out = append(work, w), append(out, a)
 		}
 	}
@@ -201,14 +204,13 @@ func (b *batch) place(fleet []schedule.Node, c *Contract, h *contract.Header, ol
 			continue
 		}
 		s, _ := h.Service(a.Service)
-		for _, name := range s.Volumes { // a volume is where its workload first was
+		for _, name := range s.Volumes {
 			v, err := get[Volume](&b.State, VolumeKey(contract.VolumeOf(id, name)))
+			if err == nil {
+				err = b.settleVolume(v, a.Node)
+			}
 			if err != nil {
 				return nil, fmt.Errorf("volume %q: %w", name, err)
-			}
-			if v.Node.IsZero() {
-				v.Node = a.Node
-				set(b, VolumeKey(v.ID), v)
 			}
 		}
 	}

@@ -40,10 +40,7 @@ func (b *batch) settleStore(id contract.ID, h *contract.Header) error {
 	case err != nil:
 		return fmt.Errorf("store of %v: %w", id, err)
 	case h.Store == contract.Store{}:
-		for _, k := range []string{StoreKey(id), storeKeyKey(s.FrontEnd), storeKeyKey(s.Recovery)} {
-			b.del(k)
-		}
-		return drop(b, StoresKey, id)
+		return b.dropStore(s)
 	case s.Limit == h.Store.Limit:
 		return nil
 	}

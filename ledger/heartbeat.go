@@ -48,6 +48,8 @@ type Report struct {
 	Restarts uint32              `cbor:"9,keyasint,omitempty" json:"restarts"`
 	Healthy  bool                `cbor:"10,keyasint,omitempty" json:"healthy"` // the health check passed; false without one
 	ExitCode int32               `cbor:"11,keyasint,omitempty" json:"exitCode"`
+	Saved    int64               `cbor:"12,keyasint,omitempty" json:"saved,omitempty"`   // Unix ms: what its volumes had then is in their stores; 0 with volumes: nothing is
+	Unsaved  string              `cbor:"13,keyasint,omitempty" json:"unsaved,omitempty"` // why nothing newer is
 }
 
 // Sign signs the heartbeat with the session key.

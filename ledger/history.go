@@ -102,6 +102,20 @@ func (a about) of(tx *Tx) (id contract.ID, ok bool, err error) {
 		}
 		id, err = a.volume(p.Volume)
 		return id, err == nil, err
+	case KindVolumeSaved:
+		p, err := Payload[VolumeSaved](tx)
+		if err != nil {
+			return id, false, err
+		}
+		id, err = a.volume(p.Volume)
+		return id, err == nil, err
+	case KindVolumeRestore:
+		p, err := Payload[VolumeRestore](tx)
+		if err != nil {
+			return id, false, err
+		}
+		id, err = a.volume(p.Volume)
+		return id, err == nil, err
 	}
 	return id, false, nil
 }

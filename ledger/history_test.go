@@ -50,6 +50,7 @@ func toldContract(t *testing.T) *toldGrid {
 	n := l.where(l.assigned(h)[0])
 	pub := l.nodes[n].Public()
 	l.do(l.tx(KindVolumeCreated, Actor{true, pub.Node()}, &VolumeCreated{contract.VolumeOf(l.id, "data")}, l.nodes[n]))
+	l.do(l.tx(KindVolumeSaved, Actor{true, pub.Node()}, &VolumeSaved{contract.VolumeOf(l.id, "data"), 1, [32]byte{1}}, l.nodes[n]))
 	l.do(l.says(h, l.assigned(h)[0], ""))
 	next := *h
 	next.Revision, next.Contract, next.Previous, next.SealedSize = 2, l.id, h.RevisionID(), 101
@@ -71,6 +72,7 @@ func toldContract(t *testing.T) *toldGrid {
 		t.Fatal(err)
 	}
 	l.do(l.tx(KindEnvelopePut, Actor{ID: l.acct}, &EnvelopePut{[]contract.Envelope{*e}}, l.owner))
+	l.do(l.tx(KindVolumeRestore, Actor{ID: l.acct}, &VolumeRestore{contract.VolumeOf(l.id, "data"), [32]byte{1}}, l.owner))
 	l.do(l.tx(KindContractState, Actor{ID: l.acct}, &ContractState{l.id, Paused}, l.owner))
 	l.do(l.tx(KindContractCancel, Actor{ID: l.acct}, &ContractCancel{other.ContractID()}, l.owner))
 	l.do(l.tx(KindContractCancel, Actor{ID: l.acct}, &ContractCancel{l.id}, l.owner))
@@ -94,7 +96,7 @@ func TestHistory(t *testing.T) {
 		kinds = append(kinds, d.Kind)
 	}
 	if want := []Kind{
-		KindContractSubmit, KindVolumeCreated, KindWorkloadReport, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindContractState, KindContractCancel,
+		KindContractSubmit, KindVolumeCreated, KindVolumeSaved, KindWorkloadReport, KindContractSubmit, KindConsent, KindContractSubmit, KindWithdraw, KindEnvelopePut, KindVolumeRestore, KindContractState, KindContractCancel,
 	}; !slices.Equal(kinds, want) {
 		t.Fatalf("%v, want %v", kinds, want)
 	}
@@ -138,7 +140,7 @@ func TestHistory(t *testing.T) {
 		"signed by somebody else": change(resigned(identity.NewKey([32]byte{99}))),
 		"replayed":                change(func(e []Executed) []Executed { return append(e, e[2]) }),
 		"about something else":    change(func(e []Executed) []Executed { return append(e, Executed{l.h, foreign}) }),
-		"without a revision":      change(func(e []Executed) []Executed { return slices.Delete(e, 2, 4) }),
+		"without a revision":      change(func(e []Executed) []Executed { return slices.Delete(e, 2, 5) }),
 	} {
 		var made History
 		for _, x := range all {

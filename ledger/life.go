@@ -167,10 +167,15 @@ func (b *batch) contractDue(id contract.ID) error {
 	return nil
 }
 
+// remains is what a contract that was cancelled still takes: for its volumes until it is retired, for its objects for good.
+func remains(h *contract.Header) *contract.Header {
+	return &contract.Header{Store: h.Store, Volumes: h.Volumes}
+}
+
 // cancelled ends what a contract has of the grid, but its data.
 func (b *batch) cancelled(c *Contract, h *contract.Header) error {
 	b.del(contractNameKey(c.Account, c.Name)) // the name is free again; the contract stays readable by its ID
-	none := &contract.Header{Store: h.Store}  // what its objects take, it takes for good
+	none := remains(h)
 	held, had, err := b.held(c)
 	if err != nil {
 		return err
@@ -192,7 +197,7 @@ func (b *batch) revive(c *Contract, h *contract.Header) error {
 		return fmt.Errorf("the account has another contract %q by now: %v", c.Name, *old)
 	}
 	set(b, contractNameKey(c.Account, c.Name), &c.ID)
-	none := &contract.Header{Store: h.Store}
+	none := remains(h)
 	for _, err := range []error{
 		push(b, ContractsKey, c.ID), b.bill(c.Account, usage(none), usage(h)), b.networks(c.ID, none, h), b.routes(c.ID, nil, h.Routes),
 	} {
@@ -206,7 +211,12 @@ func (b *batch) revive(c *Contract, h *contract.Header) error {
 // retire is the end: the volumes are nobody's any more, and the nodes that have them remove them.
 func (b *batch) retire(c *Contract, h *contract.Header) error {
 	for _, v := range h.Volumes {
-		b.del(VolumeKey(contract.VolumeOf(c.ID, v.Name)))
+		if err := b.dropVolume(contract.VolumeOf(c.ID, v.Name)); err != nil {
+			return err
+		}
+	}
+	if err := b.bill(c.Account, usage(remains(h)), usage(&contract.Header{Store: h.Store})); err != nil {
+		return err
 	}
 	if err := drop(b, AccountWorkKey(c.Account), c.ID); err != nil {
 		return err

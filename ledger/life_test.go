@@ -49,7 +49,7 @@ func TestCancellingIsSlow(t *testing.T) {
 	if c := x.contract(h); c.State != Active || len(x.assigned(h)) != 1 || x.assigned(h)[0].Node != node || x.assigned(h)[0].Epoch < 2 {
 		t.Fatalf("%+v %+v", c, x.assigned(h))
 	}
-	if used, err := get[Quota](x.s, AccountUsedKey(x.acct)); err != nil || *used != (Quota{1, 1, 1, 1, 0}) {
+	if used, err := get[Quota](x.s, AccountUsedKey(x.acct)); err != nil || *used != (Quota{1, 1, 1, 1, 512 << 20}) {
 		t.Errorf("usage %+v, %v", used, err)
 	}
 	x.ends(x.cancel(h))

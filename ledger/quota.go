@@ -68,6 +68,9 @@ func usage(h *contract.Header) Quota {
 	if h.Version != 0 {
 		u.Contracts = 1
 	}
+	for i := range h.Volumes {
+		u.Storage += int(h.Volumes[i].Store.Limit)
+	}
 	for i := range h.Services {
 		u.Workloads += int(h.Services[i].Replicas)
 	}

@@ -119,7 +119,7 @@ func AssignmentsKey(id contract.ID) string        { return "assignments/" + stri
 func RevisionKey(id contract.RevisionID) string   { return "revision/" + string(id[:]) } // an encoded header
 func NetworkKey(id contract.NetworkID) string     { return "network/" + string(id[:]) }
 func VolumeKey(id contract.VolumeID) string       { return "volume/" + string(id[:]) }
-func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) }
+func StoreKey(id contract.ID) string              { return "store/" + string(id[:]) } // of Store.ID
 func RouteKey(host string) string                 { return "route/" + host }
 func ProposalKey(id ProposalID) string            { return "proposal/" + string(id[:]) }
 func TemplateKey(a identity.AccountID, name, version string) string {
@@ -167,7 +167,7 @@ const (
 	GatewaysKey   = "gateways"   // []identity.GatewayID
 	ContractsKey  = "contracts"  // []contract.ID, those that are active
 	RoutesKey     = "routes"     // []string, host names
-	StoresKey     = "stores"     // []contract.ID, whose stores locations serve
+	StoresKey     = "stores"     // []contract.ID, of Store.ID: what locations serve
 	SharedKey     = "shared"     // Quota, what all accounts without a quota of their own use together
 	ValidatorsKey = "validators" // Validators; absent while they are those of the genesis
 	WaitingKey    = "waiting"    // []contract.ID, active ones with a workload that is on no node, the next one to try first
@@ -282,8 +282,14 @@ type Volume struct {
 	Name     string            `cbor:"3,keyasint"`
 	Size     uint64            `cbor:"4,keyasint"`
 	Node     identity.NodeID   `cbor:"5,keyasint"`
-	Created  bool              `cbor:"6,keyasint,omitempty"` // its disk exists: absent is lost, not new
+	Created  bool              `cbor:"6,keyasint,omitempty"` // its disk exists there: absent is lost, not new
+	Sequence uint64            `cbor:"7,keyasint,omitempty"` // of the newest snapshot that the ledger heard of; 0: of none. With one the volume follows its workload
+	Snapshot [32]byte          `cbor:"8,keyasint,omitzero"`  // its digest
+	From     [32]byte          `cbor:"9,keyasint,omitzero"`  // digest of the snapshot that its owner wants back; zero: the newest
 }
+
+// Restore says whether the volume's disk is to be made from a snapshot: From, or the newest, which is Sequence or a later one.
+func (v *Volume) Restore() bool { return !v.Created && v.Sequence > 0 }
 
 // Assignment is the ledger's word that a node runs a workload. Epoch grows with every move and never shrinks.
 type Assignment struct {

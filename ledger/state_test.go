@@ -181,7 +181,9 @@ func (x *grid) assigned(h *contract.Header) []Assignment {
 }
 
 func withVolume(h *contract.Header) {
-	h.Volumes = []contract.Volume{{Name: "data", Size: 1 << 30}}
+	s := contract.Store{FrontEnd: contract.VolumeOf(contract.ID{}, h.Name), Recovery: [32]byte{1}, Limit: contract.VolumeStore(1 << 30)}
+	s.Recovery = contract.VolumeOf(contract.ID{1}, h.Name)
+	h.Volumes = []contract.Volume{{Name: "data", Size: 1 << 30, Store: s}}
 	h.Services[0].Volumes = []string{"data"}
 }
 
@@ -300,6 +302,7 @@ func TestLostNode(t *testing.T) {
 	x.must(x.deploy(stateless))
 	x.must(x.deploy(stateful))
 	x.block([]int{0, 1, 2})
+	x.created(stateful)
 	a, b := x.assigned(stateless)[0], x.assigned(stateful)[0]
 	// Every node is lost in turn, so that both workloads lose theirs.
 	for lost := range 3 {
@@ -322,7 +325,7 @@ func TestLostNode(t *testing.T) {
 		}
 		if b.Node == id.Node() {
 			if vol.Node != b.Node || vol.Epoch != b.Epoch || !strings.HasPrefix(vol.Reason, "volume on node-") {
-				t.Errorf("a volume does not move in this version, but: %+v", vol)
+				t.Errorf("nothing of the volume is elsewhere, but: %+v", vol)
 			}
 		}
 		x.block([]int{0, 1, 2})
@@ -410,26 +413,6 @@ func TestEnvelopes(t *testing.T) {
 	x.must(put(0, env("node", ids[1])))
 	if _, ok := x.s.tree.get(EnvelopeKey(rev, "node", ids[1])); !ok {
 		t.Error("the handed on envelope is not there")
-	}
-}
-
-func TestVolumeIsReportedByItsNode(t *testing.T) {
-	x := newGrid(t, "lab")
-	h := x.header("db", withVolume)
-	x.must(x.deploy(h))
-	vid := contract.VolumeOf(h.ContractID(), "data")
-	on := x.assigned(h)[0].Node
-	for _, k := range x.nodes {
-		p := k.Public()
-		tx := x.tx(KindVolumeCreated, Actor{Node: true, ID: p.Node()}, &VolumeCreated{vid}, k)
-		if p.Node() == on {
-			x.must(tx)
-		} else {
-			x.refused("by another node", tx, "on another node")
-		}
-	}
-	if v, err := get[Volume](x.s, VolumeKey(vid)); err != nil || !v.Created || v.Node != on {
-		t.Errorf("%+v %v", v, err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"holdfast/contract"
+	"holdfast/identity"
 )
 
 // Store is a dispersed store that the grid's locations keep: who may use it, and how much of each location. Locations
@@ -14,6 +15,17 @@ type Store struct {
 	FrontEnd [32]byte    `cbor:"2,keyasint" json:"-"`        // SHA-256 of the SubjectPublicKeyInfo of the key that reads, writes and deletes
 	Recovery [32]byte    `cbor:"3,keyasint" json:"-"`        // of the key that undoes deletes, which only the holder of the phrase has
 	Limit    uint64      `cbor:"4,keyasint" json:"limit"`    // bytes on one location
+
+	Volume contract.VolumeID `cbor:"5,keyasint,omitzero" json:"volume,omitzero"` // whose snapshots are kept; zero: it is of buckets
+	Node   identity.NodeID   `cbor:"6,keyasint,omitzero" json:"node,omitzero"`   // the one machine that FrontEnd is good on; zero: any
+}
+
+// ID names the store among all: that of its volume, or of its contract.
+func (s *Store) ID() contract.ID {
+	if !s.Volume.IsZero() {
+		return contract.ID(s.Volume)
+	}
+	return s.Contract
 }
 
 func (s *Store) valid() error {
@@ -34,17 +46,26 @@ func (b *batch) addStore(s *Store) error {
 	if err := s.valid(); err != nil {
 		return err
 	}
-	if _, taken := b.tree.get(StoreKey(s.Contract)); taken {
-		return fmt.Errorf("a store of %v exists", s.Contract)
+	id := s.ID()
+	if _, taken := b.tree.get(StoreKey(id)); taken {
+		return fmt.Errorf("a store of %v exists", id)
 	}
 	for _, k := range [][32]byte{s.FrontEnd, s.Recovery} {
 		if _, taken := b.tree.get(storeKeyKey(k)); taken {
 			return errors.New("another store has this key")
 		}
-		set(b, storeKeyKey(k), &s.Contract)
+		set(b, storeKeyKey(k), &id)
 	}
-	set(b, StoreKey(s.Contract), s)
-	return push(b, StoresKey, s.Contract)
+	set(b, StoreKey(id), s)
+	return push(b, StoresKey, id)
+}
+
+// dropStore removes a store that is there: locations serve it no more.
+func (b *batch) dropStore(s *Store) error {
+	for _, k := range []string{StoreKey(s.ID()), storeKeyKey(s.FrontEnd), storeKeyKey(s.Recovery)} {
+		b.del(k)
+	}
+	return drop(b, StoresKey, s.ID())
 }
 
 func storeKeyKey(k [32]byte) string { return "store-key/" + string(k[:]) }

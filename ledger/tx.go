@@ -34,6 +34,8 @@ const (
 	KindWithdraw       Kind = "withdraw"         // Withdraw, by the account that proposed
 	KindEnvelopePut    Kind = "envelope.put"     // EnvelopePut, by the contract's account or a node that holds an envelope
 	KindVolumeCreated  Kind = "volume.created"   // VolumeCreated, by the node that the volume is on
+	KindVolumeSaved    Kind = "volume.saved"     // VolumeSaved, by the same
+	KindVolumeRestore  Kind = "volume.restore"   // VolumeRestore, by the contract's account
 	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
 	KindValidatorJoin  Kind = "validator.join"   // ValidatorJoin, by the grid's account
 	KindValidatorLeave Kind = "validator.leave"  // ValidatorLeave, by the grid's account
@@ -272,4 +274,18 @@ type EnvelopePut struct {
 // VolumeCreated says that a volume's disk now exists: from here on an absent disk is a loss, never a fresh start.
 type VolumeCreated struct {
 	Volume contract.VolumeID `cbor:"1,keyasint"`
+}
+
+// VolumeSaved says that a snapshot of a volume is in its store: from now on the volume can follow its workload, and no
+// earlier one is taken for the newest.
+type VolumeSaved struct {
+	Volume   contract.VolumeID `cbor:"1,keyasint"`
+	Sequence uint64            `cbor:"2,keyasint"`
+	Snapshot [32]byte          `cbor:"3,keyasint"`
+}
+
+// VolumeRestore puts a volume back to one of its snapshots. Its workload starts anew.
+type VolumeRestore struct {
+	Volume   contract.VolumeID `cbor:"1,keyasint"`
+	Snapshot [32]byte          `cbor:"2,keyasint"` // digest of its manifest (package volume)
 }

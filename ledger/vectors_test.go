@@ -78,13 +78,8 @@ func life(t *testing.T) (*vectors, *State) {
 		t.Fatal(err)
 	}
 	height := int64(0)
-	apply := func(kind Kind, a Actor, payload any, k *identity.PrivateKey) [32]byte {
-		t.Helper()
-		nonce, err := orZero(get[uint64](s, NonceKey(a)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		tx := NewTx(id, kind, a, *nonce+1, payload)
+	show := func(a Actor, nonce uint64, kind Kind, payload any, k *identity.PrivateKey) *Tx {
+		tx := NewTx(id, kind, a, nonce, payload)
 		if tx.Until = at.Add(time.Minute).Unix(); kind == KindAccountCreate {
 			tx.Nonce, tx.Until = 0, 0
 		}
@@ -93,6 +88,15 @@ func life(t *testing.T) (*vectors, *State) {
 		v.add("tx."+string(kind)+".id", txID[:])
 		tx.Sign(k)
 		v.sum("tx."+string(kind), tx.Encode())
+		return tx
+	}
+	apply := func(kind Kind, a Actor, payload any, k *identity.PrivateKey) [32]byte {
+		t.Helper()
+		nonce, err := orZero(get[uint64](s, NonceKey(a)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tx := show(a, *nonce+1, kind, payload, k)
 		height++
 		at = at.Add(time.Second)
 		next, res := s.Apply(Block{Height: height, Time: at, Txs: [][]byte{tx.Encode()}, Heard: []Heard{{Power: 10, Nodes: Bitmap{1}}}})
@@ -100,7 +104,7 @@ func life(t *testing.T) (*vectors, *State) {
 			t.Fatalf("%s: %s", kind, res[0].Log)
 		}
 		s = next
-		return txID
+		return tx.ID()
 	}
 	boss := Actor{ID: account}
 	owner := Actor{ID: apply(KindAccountCreate, Actor{}, &AccountCreate{Devices: []identity.Device{{Name: "laptop", Key: user.Public()}}, Policy: identity.SingleDevice(), Sealing: open.Public()}, user)}
@@ -128,6 +132,10 @@ func life(t *testing.T) (*vectors, *State) {
 	apply(KindContractSubmit, owner, &ContractSubmit{h.Encode(), []contract.Envelope{env("account", owner.ID)}}, user)
 	apply(KindEnvelopePut, owner, &EnvelopePut{[]contract.Envelope{env("node", node)}}, user)
 	apply(KindVolumeCreated, Actor{true, node}, &VolumeCreated{contract.VolumeOf(h.ContractID(), "data")}, machine)
+	show(Actor{true, node}, 9, KindVolumeSaved, &VolumeSaved{contract.VolumeOf(h.ContractID(), "data"), 3, [32]byte{4}}, machine) // it would need a store
+	show(owner, 9, KindVolumeRestore, &VolumeRestore{contract.VolumeOf(h.ContractID(), "data"), [32]byte{4}}, user)
+	v.add("store.volume", canonical.Encode(&Store{Contract: contract.ID{1}, FrontEnd: [32]byte{7}, Recovery: [32]byte{8}, Limit: 1 << 29, Volume: contract.VolumeID{2}, Node: node}))
+	v.add("volume.saved", canonical.Encode(&Volume{ID: contract.VolumeID{2}, Contract: contract.ID{1}, Name: "data", Size: 1 << 30, Node: node, Created: true, Sequence: 3, Snapshot: [32]byte{4}}))
 	apply(KindWorkloadReport, Actor{true, node}, &WorkloadReport{
 		Contract: h.ContractID(), Workload: contract.WorkloadOf(h.ContractID(), h.Services[0].Name, 0), Epoch: 1, Revision: h.RevisionID(), Ready: true,
 	}, machine)

@@ -68,6 +68,7 @@ type Agent struct {
 	runner  *sandbox.Runner
 	volumes *volume.Manager
 	fronts  *fronts
+	savers  *savers
 	origin  *gateway.Origin
 	lease   *lease
 	view    *reconcile.Loop
@@ -154,6 +155,7 @@ func New(cfg Config) (*Agent, error) {
 	}); err != nil {
 		return nil, err
 	}
+	a.savers = &savers{agent: a, all: map[contract.VolumeID]*saver{}}
 	a.fronts = &fronts{
 		self: cfg.Self, dir: filepath.Join(cfg.Run, "fronts"), log: a.log, all: map[string]*front{}, taken: map[string]bool{}, wake: a.wakeAll,
 		bound: func(id string, pid int, limits *contract.Service) error {
@@ -191,7 +193,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	defer a.lease.close()
-	if err := errors.Join(a.blobs.Sweep(), a.volumes.Sweep(), os.RemoveAll(a.fronts.dir)); err != nil { // what an agent that was killed left half made
+	if err := errors.Join(a.blobs.Sweep(), a.volumes.Sweep(), os.RemoveAll(a.fronts.dir), os.RemoveAll(filepath.Join(a.cfg.Run, "savers"))); err != nil { // what an agent that was killed left half made
 		return err
 	}
 	// Closed before anything else is opened; the reconciled rules follow with the first view.
@@ -750,7 +752,11 @@ func workloads(v *View, c *ContractView, o *opened, ms []Mesh) []*Workload {
 		}
 		for _, name := range s.Volumes {
 			if rec := c.Volumes[name]; rec != nil {
-				w.Volumes = append(w.Volumes, WorkVolume{ID: rec.ID, Name: name, Size: int64(rec.Size), Created: rec.Created, Key: o.keys.Volumes[name]})
+				v := WorkVolume{ID: rec.ID, Name: name, Size: int64(rec.Size), Created: rec.Created, Restore: rec.Restore(), Key: o.keys.Volumes[name], Sequence: rec.Sequence, Snapshot: rec.Snapshot, From: rec.From}
+				if slices.ContainsFunc(c.Header.Volumes, func(x contract.Volume) bool { return x.Name == name && x.Store != contract.Store{} }) {
+					v.Store = o.keys.VolumeStore(name)
+				}
+				w.Volumes = append(w.Volumes, v)
 			}
 		}
 		if len(s.Networks) > 0 {
@@ -1078,6 +1084,7 @@ func (a *Agent) release(ctx context.Context, id contract.WorkloadID, w *Workload
 		}
 	}
 	for _, v := range last.Volumes {
+		a.savers.finish(ctx, v.ID, a.lease.ok())
 		if err := a.volumes.Close(ctx, volumeName(v.ID)); err != nil {
 			return err
 		}

@@ -21,14 +21,14 @@ import (
 
 func (a *Agent) volumeIDs() string { return filepath.Join(a.cfg.Data, "volume-ids") }
 
-// openVolume opens a volume, and has its ID noted first if it may be made.
+// openVolume opens a volume, and has its ID noted first if it may be made. One that was restored is there.
 func (a *Agent) openVolume(ctx context.Context, v *WorkVolume) (string, error) {
 	if !v.Created {
 		if err := a.noteVolume(v.ID); err != nil {
 			return "", err
 		}
 	}
-	return a.volumes.Open(ctx, volume.Spec{ID: volumeName(v.ID), Size: v.Size, Key: v.Key, Create: !v.Created})
+	return a.volumes.Open(ctx, volume.Spec{ID: volumeName(v.ID), Size: v.Size, Key: v.Key, Create: !v.Created && !v.Restore})
 }
 
 func (a *Agent) noteVolume(id contract.VolumeID) error {
@@ -65,10 +65,14 @@ func (a *Agent) bury(ctx context.Context, r api.Reader, used map[string]bool, ev
 	}
 	var errs []error
 	for i, rec := range recs {
-		if rec != nil {
+		switch {
+		case rec == nil:
+			a.log.Info("removing a volume whose contract is retired", "volume", ids[i])
+		case rec.Node != a.cfg.Keys.ID && rec.Created: // it was restored there
+			a.log.Info("removing a volume that another node has", "volume", ids[i])
+		default:
 			continue
 		}
-		a.log.Info("removing a volume whose contract is retired", "volume", ids[i])
 		err := a.volumes.Destroy(ctx, volumeName(ids[i]))
 		if err == nil {
 			err = os.Remove(filepath.Join(a.volumeIDs(), ids[i].String()))

@@ -316,7 +316,7 @@ func TestWhenTheGridsStoreOpens(t *testing.T) {
 func TestANodePromisesNoMoreThanItOffers(t *testing.T) {
 	id := func(b byte) contract.ID { return contract.ID{b} }
 	stores := []*ledger.Store{{FrontEnd: [32]byte{1}, Recovery: [32]byte{2}, Limit: 60}, {Contract: id(1), FrontEnd: [32]byte{3}, Recovery: [32]byte{4}, Limit: 60}, {Contract: id(2), FrontEnd: [32]byte{5}, Recovery: [32]byte{6}, Limit: 60}}
-	got, without := hostedStores(&ledger.Node{Storage: 100}, stores)
+	got, without := hostedStores(identity.GridID{7}, &ledger.Node{Storage: 100}, stores)
 	if len(got) != 2 || got[0].Quota.Bytes != 60 || got[1].Quota.Bytes != 40 || !slices.Equal(without, []contract.ID{id(2)}) {
 		t.Errorf("%+v, without %v", got, without)
 	}
@@ -327,6 +327,27 @@ func TestANodePromisesNoMoreThanItOffers(t *testing.T) {
 		if k.Pin == [32]byte{1} && k.Rights&location.Recover != 0 || k.Pin == [32]byte{2} && k.Rights != location.Recover {
 			t.Errorf("the rights of %v: %v", k.Pin, k.Rights)
 		}
+	}
+}
+
+// The key of a volume's store is good on the node that the ledger has the volume on, and follows it; no other key is bound.
+func TestAVolumesStoreIsGoodFromItsNode(t *testing.T) {
+	grid := identity.GridID{7}
+	s := &ledger.Store{Contract: contract.ID{1}, Volume: contract.VolumeID{2}, Node: identity.NodeID{3}, FrontEnd: [32]byte{3}, Recovery: [32]byte{4}, Limit: 10}
+	of := func() location.Store {
+		got, _ := hostedStores(grid, &ledger.Node{Storage: 100}, []*ledger.Store{{Contract: contract.ID{1}, FrontEnd: [32]byte{5}, Recovery: [32]byte{6}, Limit: 10}, s})
+		if len(got) != 2 || got[0].Name == got[1].Name || got[0].Keys[0].From.IsValid() {
+			t.Fatalf("%+v", got)
+		}
+		return got[1]
+	}
+	here := of()
+	if k := here.Keys[0]; k.From != overlay.Addr(SystemNetwork(grid), s.Node) || k.Rights&location.Write == 0 || here.Keys[1].From.IsValid() {
+		t.Errorf("%+v", here)
+	}
+	s.Node = identity.NodeID{4}
+	if there := of(); there.Keys[0].From == here.Keys[0].From || there.Name != here.Name {
+		t.Errorf("it moved: %+v", there)
 	}
 }
 

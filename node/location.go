@@ -22,6 +22,10 @@ import (
 // PortLocation is where a node's location listens, on the node's address in the system network and nowhere else.
 const PortLocation = 8450
 
+// volumeHold is how long what was deleted of a volume's snapshots can be brought back. They are many, and have a retention of
+// their own.
+const volumeHold = 10 * time.Minute
+
 // Place is a location of the grid, as the ledger names it.
 type Place struct {
 	ID   disperse.Place
@@ -52,35 +56,45 @@ func (p Place) Member(cert tls.Certificate, dial func(ctx context.Context, addr 
 	if err != nil {
 		return store.Member{}, fmt.Errorf("location %s: %w", p.Node, err)
 	}
-	return store.Member{ID: p.ID, Farm: p.Farm, Location: c}, nil
+	return store.Member{ID: p.ID, Farm: p.Farm, Location: c, Down: !p.Up}, nil
 }
 
 // hostedStores are the stores that a node keeps, with their quotas. What it offers goes to them in the order in which they
 // came, so that no store that comes takes what another was promised; without has those for which nothing is left.
-func hostedStores(self *ledger.Node, stores []*ledger.Store) (out []location.Store, without []contract.ID) {
-	room := self.Storage
+func hostedStores(grid identity.GridID, self *ledger.Node, stores []*ledger.Store) (out []location.Store, without []contract.ID) {
+	room, sys := self.Storage, SystemNetwork(grid)
 	for _, s := range stores {
 		quota := min(s.Limit, room)
 		if quota == 0 { // for a location it would be no bound
-			without = append(without, s.Contract)
+			without = append(without, s.ID())
 			continue
 		}
 		room -= quota
+		hold := time.Duration(0)
+		front := location.Key{Pin: s.FrontEnd, Rights: location.Read | location.Write | location.Delete}
+		if !s.Volume.IsZero() { // whoever once had the volume has the key: it is good where the ledger has it now
+			front.From = overlay.Addr(sys, s.Node)
+			hold = volumeHold
+		}
 		out = append(out, location.Store{
-			Name:  storeName(s.Contract),
-			Keys:  []location.Key{{Pin: s.FrontEnd, Rights: location.Read | location.Write | location.Delete}, {Pin: s.Recovery, Rights: location.Recover}},
+			Name:  storeName(s),
+			Keys:  []location.Key{front, {Pin: s.Recovery, Rights: location.Recover}},
 			Quota: location.Quota{Bytes: int64(quota)},
+			Hold:  hold,
 		})
 	}
 	return out, without
 }
 
 // storeName names a store's directory at a location.
-func storeName(id contract.ID) string {
-	if id.IsZero() {
+func storeName(s *ledger.Store) string {
+	switch {
+	case !s.Volume.IsZero():
+		return fmt.Sprintf("v-%x", s.Volume[:16])
+	case s.Contract.IsZero():
 		return "grid"
 	}
-	return fmt.Sprintf("c-%x", id[:16])
+	return fmt.Sprintf("c-%x", s.Contract[:16])
 }
 
 // setLocation has this node's location serve exactly the stores of the view. The data of one that left is kept.
@@ -88,7 +102,7 @@ func (a *Agent) setLocation(v *View) error {
 	if v.Self.Storage == 0 {
 		return nil
 	}
-	stores, without := hostedStores(v.Self, v.Stores)
+	stores, without := hostedStores(v.Grid, v.Self, v.Stores)
 	if len(without) != a.without {
 		a.without = len(without)
 		a.log.Warn("stores that this node has no room for", "stores", len(without), "offered", v.Self.Storage)

@@ -55,7 +55,13 @@ type WorkVolume struct {
 	Name    string
 	Size    int64
 	Created bool // its disk exists
+	Restore bool // its disk is to be made from a snapshot
 	Key     [32]byte
+
+	Store    [32]byte // what the store of its snapshots derives from; zero: it has none
+	Sequence uint64   // of the newest snapshot that the ledger knows of; 0: of none
+	Snapshot [32]byte // its digest
+	From     [32]byte // digest of the snapshot that it is to be restored from; zero: the newest
 }
 
 // observed is what the pure decision needs to know.
@@ -406,6 +412,13 @@ func (c *controller) keep(ctx context.Context, w *Workload) (time.Duration, erro
 		c.log.Info("started", "name", w.Name, "instance", w.Instance, "epoch", w.Epoch)
 		s.state, s.reason = ledger.StateRunning, ""
 	}
+	if s.state == ledger.StateRunning && w.Keep == "" {
+		for i := range w.Volumes {
+			v := w.Volumes[i]
+			v.Restore = false // it runs
+			c.agent.savers.begin(&v, w.Epoch)
+		}
+	}
 	healthy := false
 	if s.state == ledger.StateRunning && w.Process.Health != nil {
 		if c.health == nil || c.health.instance != w.Instance {
@@ -433,6 +446,39 @@ func (c *controller) lost(s *sandbox.Status) bool {
 	return w != nil && slices.ContainsFunc(w.Volumes, func(v WorkVolume) bool { return !c.agent.volumes.Serving(volumeName(v.ID)) })
 }
 
+// restored waits until a volume's disk is made from its snapshots, unless something else is wanted meanwhile.
+func (c *controller) restored(ctx context.Context, w *Workload, v *WorkVolume) error {
+	c.say(w, ledger.StateStarting, "its volume is restored", false)
+	ctx, done := c.unless(ctx, func(now *Workload) bool { return now == nil || now.Epoch != w.Epoch || now.Held != "" })
+	defer done()
+	c.agent.savers.leave(ctx, v.ID, w.Epoch)
+	x := c.agent.savers.begin(v, w.Epoch)
+	if x == nil {
+		return &failure{notRestored, errors.New("it has no store")}
+	}
+	return x.waitReady(ctx)
+}
+
+// unless is a context that ends too when another Spec comes that ends it.
+func (c *controller) unless(ctx context.Context, ends func(*Workload) bool) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	hurry := func(w *Workload) {
+		if ends(w) {
+			cancel()
+		}
+	}
+	c.mu.Lock()
+	c.hurry = hurry
+	hurry(c.want)
+	c.mu.Unlock()
+	return ctx, func() {
+		c.mu.Lock()
+		c.hurry = nil
+		c.mu.Unlock()
+		cancel()
+	}
+}
+
 // end ends one sandbox. A cancellation or a move that comes meanwhile cuts its grace short.
 func (c *controller) end(ctx context.Context, s *sandbox.Status, now bool) error {
 	if c.agent.fronts.has(s.ID) {
@@ -441,21 +487,9 @@ func (c *controller) end(ctx context.Context, s *sandbox.Status, now bool) error
 	if now {
 		return c.agent.runner.Kill(ctx, s.ID)
 	}
-	sctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	hurry := func(w *Workload) {
-		if urgent(w, s, true) {
-			cancel()
-		}
-	}
-	c.mu.Lock()
-	c.hurry = hurry
-	hurry(c.want)
-	c.mu.Unlock()
+	sctx, done := c.unless(ctx, func(w *Workload) bool { return urgent(w, s, true) })
+	defer done()
 	err := c.agent.runner.Stop(sctx, s.ID)
-	c.mu.Lock()
-	c.hurry = nil
-	c.mu.Unlock()
 	if sctx.Err() != nil && ctx.Err() == nil {
 		return c.agent.runner.Kill(ctx, s.ID)
 	}
@@ -492,6 +526,9 @@ func (c *controller) publish(w *Workload, state, reason string, healthy bool, co
 	r := ledger.Report{
 		Workload: w.ID, Contract: w.Contract, Service: w.Service, Replica: w.Replica, Epoch: w.Epoch, Revision: w.Revision,
 		State: state, Reason: strings.ToValidUTF8(reason, "?"), Restarts: c.restarts, Healthy: healthy, ExitCode: int32(code),
+	}
+	if len(w.Volumes) > 0 {
+		r.Saved, r.Unsaved = c.agent.savers.saved(w.Volumes)
 	}
 	c.mu.Lock()
 	changed := c.report != r
@@ -556,6 +593,11 @@ func (c *controller) start(ctx context.Context, w *Workload) error {
 	mounts := map[string]string{}
 	for i := range w.Volumes {
 		v := &w.Volumes[i]
+		if v.Restore {
+			if err := c.restored(ctx, w, v); err != nil {
+				return err
+			}
+		}
 		dir, err := c.agent.openVolume(ctx, v)
 		if err != nil {
 			return &failure{volumeWords(err), fmt.Errorf("volume %s: %w", v.Name, err)}

@@ -49,6 +49,7 @@ type Workload struct {
 	Farms    []string // allowed; empty allows all
 	Nodes    []string // allowed; empty allows all
 	Pinned   [32]byte // where its volume is; zero is nowhere yet
+	Saved    bool     // what is on its volume can be had elsewhere, when that node is down
 	Volume   string   // the pinned volume's name, for the reason
 	Current  [32]byte // where it is assigned; zero is nowhere
 }
@@ -74,13 +75,14 @@ func Place(nodes []Node, work []Workload) []Decision {
 		}
 		n := p.find(home)
 		if n < 0 {
-			if pinned { // never elsewhere: it would come back empty
+			if pinned && !w.Saved { // never elsewhere: it would come back empty
 				out[i], done[i] = Decision{Reason: "volume on a node that is not there"}, true
 			}
 			continue
 		}
 		why := p.refuse(n, w)
 		switch {
+		case pinned && !p.nodes[n].Up && w.Saved: // below
 		case pinned && !p.nodes[n].Up:
 			out[i], done[i] = Decision{Node: home, Reason: fmt.Sprintf("volume on %s", p.nodes[n].Name)}, true
 			p.take(n, w)
@@ -92,8 +94,14 @@ func Place(nodes []Node, work []Workload) []Decision {
 		}
 	}
 	for i := range work {
-		if !done[i] {
-			out[i] = p.choose(&work[i])
+		if done[i] {
+			continue
+		}
+		w := &work[i]
+		out[i] = p.choose(w)
+		if n := p.find(w.Pinned); n >= 0 && out[i].Node == [32]byte{} { // its node may come back first
+			out[i] = Decision{Node: w.Pinned, Reason: fmt.Sprintf("volume on %s", p.nodes[n].Name)}
+			p.take(n, w)
 		}
 	}
 	return out

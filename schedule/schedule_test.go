@@ -28,6 +28,7 @@ func TestPlace(t *testing.T) {
 	}
 	at := func(n byte) func(*Workload) { return func(w *Workload) { w.Current = id(n) } }
 	pin := func(n byte) func(*Workload) { return func(w *Workload) { w.Pinned, w.Volume = id(n), "data" } }
+	saved := func(w *Workload) { w.Saved = true }
 	spread := func(s string) func(*Workload) { return func(w *Workload) { w.Spread = s } }
 	down := func(names ...string) []Node {
 		g := grid()
@@ -65,6 +66,9 @@ func TestPlace(t *testing.T) {
 		{"a node gets no more than its heartbeat reports", []Node{{ID: id(1), Name: "a1", Up: true, CPUMilli: 1 << 20, Memory: 8 << 40, Workloads: 2}},
 			[]Workload{w(1, "a"), w(2, "b"), w(3, "c")}, []byte{1, 1, 0}, []string{"", "", "no node: 1: node has all the workloads that it can have"}},
 		{"a volume never moves, not even from a node that nobody knows", grid(), []Workload{w(1, "db", pin(77))}, []byte{0}, []string{"volume on a node that is not there"}},
+		{"a volume that was saved follows its workload", down("b1"), []Workload{w(1, "db", at(2), pin(2), saved)}, []byte{1}, []string{""}},
+		{"a volume that was saved stays while its node is up", grid(), []Workload{w(1, "db", at(2), pin(2), saved)}, []byte{2}, []string{""}},
+		{"a volume that was saved waits where no other node may have it", down("b1"), []Workload{w(1, "db", at(2), pin(2), saved, func(w *Workload) { w.Farms = []string{"b"} })}, []byte{2}, []string{"volume on b1"}},
 		{"an empty grid places nothing", nil, []Workload{w(1, "web")}, []byte{0}, []string{"no node: the grid has none"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

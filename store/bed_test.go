@@ -75,7 +75,7 @@ func (b *bed) config() Config {
 		c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	}
 	for i, d := range b.dirs {
-		c.Members = append(c.Members, Member{disperse.Place{byte(i + 1)}, fmt.Sprint("farm", i), &through{d.As(everything), b.faults[i]}})
+		c.Members = append(c.Members, Member{ID: disperse.Place{byte(i + 1)}, Farm: fmt.Sprint("farm", i), Location: &through{d.As(everything), b.faults[i]}})
 	}
 	if b.change != nil {
 		b.change(&c)

@@ -85,11 +85,11 @@ var errRow = errors.New("metadata has a row that is not in its format")
 
 // The log is the truth: the database need not survive more than the process.
 // spoilt is told of a damage that Pebble meets in its files, maybe while it works by itself.
-func databaseOptions(cache *pebble.Cache, log *slog.Logger, spoilt func(error)) *pebble.Options {
+func databaseOptions(cache *pebble.Cache, memory int64, log *slog.Logger, spoilt func(error)) *pebble.Options {
 	o := &pebble.Options{
 		Cache:                       cache,
 		FormatMajorVersion:          pebble.FormatNewest,
-		MemTableSize:                8 << 20,
+		MemTableSize:                uint64(memory / 8),
 		MemTableStopWritesThreshold: 4,
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       24,

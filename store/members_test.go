@@ -22,7 +22,7 @@ func another(t *testing.T, b *bed) Member {
 	}
 	t.Cleanup(func() { d.Close() })
 	b.dirs, b.faults = append(b.dirs, d), append(b.faults, &faulty{})
-	return Member{disperse.Place{byte(i + 1)}, fmt.Sprint("farm", i), &through{d.As(everything), b.faults[i]}}
+	return Member{ID: disperse.Place{byte(i + 1)}, Farm: fmt.Sprint("farm", i), Location: &through{d.As(everything), b.faults[i]}}
 }
 
 func TestALostLocationIsReplacedWhileTheStoreRuns(t *testing.T) {
@@ -116,10 +116,10 @@ func TestALocationOfAnotherStoreIsNotAdded(t *testing.T) {
 	}
 	b := newBed(t, 2, 3)
 	s := b.opened()
-	if err := s.Add(ctx, Member{disperse.Place{9}, "f", other.dirs[0].As(everything)}); !errors.Is(err, ErrKeys) {
+	if err := s.Add(ctx, Member{ID: disperse.Place{9}, Farm: "f", Location: other.dirs[0].As(everything)}); !errors.Is(err, ErrKeys) {
 		t.Errorf("a location with another store's log: %v", err)
 	}
-	if err := s.Add(ctx, Member{disperse.Place{9}, "f", other.dirs[0].As(location.Read)}); !errors.Is(err, ErrKeys) && !errors.Is(err, location.ErrRights) {
+	if err := s.Add(ctx, Member{ID: disperse.Place{9}, Farm: "f", Location: other.dirs[0].As(location.Read)}); !errors.Is(err, ErrKeys) && !errors.Is(err, location.ErrRights) {
 		t.Errorf("a location that may not be written: %v", err)
 	}
 }

@@ -44,6 +44,7 @@ type Config struct {
 	Timeout   time.Duration // how long nothing at all may happen for who waits; 0 means 10 s
 	Heartbeat time.Duration // how often locations are asked whether another front end has the store; 0 means 3 s
 	Snapshot  int64         // bytes of log that are worth a snapshot, at least; 0 means 64 MiB
+	Memory    int64         // bytes of the database's cache, memtables among them; 0 means 64 MiB
 	Log       *slog.Logger  // nil discards
 	// Replaying, if it is not nil, hears how far Open is with what the database lacks: pieces of a snapshot, or blocks.
 	Replaying func(what string, done, of int)
@@ -131,6 +132,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	cfg.Timeout = cmp.Or(cfg.Timeout, 10*time.Second)
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 3*time.Second)
 	cfg.Snapshot = cmp.Or(cfg.Snapshot, 64<<20)
+	cfg.Memory = cmp.Or(cfg.Memory, 64<<20)
 	if cfg.Keys == nil || cfg.Dir == "" {
 		return nil, errors.New("open store: keys and a directory are needed")
 	}
@@ -271,12 +273,12 @@ func (s *Store) coder(c disperse.Scheme) (*disperse.Coder, error) {
 func quorum(c disperse.Scheme) int { return min(c.N, max(c.K+1, (c.N+c.K+1)/2)) }
 
 func (s *Store) openDatabase() error {
-	cache := pebble.NewCache(64 << 20) // memtables count too
+	cache := pebble.NewCache(s.cfg.Memory)
 	defer cache.Unref()
 	open := func() (err error) {
 		sound, spoil := context.WithCancelCause(context.Background())
 		s.sound = sound
-		s.db, err = pebble.Open(s.metadata(), databaseOptions(cache, s.log, func(err error) { spoil(fmt.Errorf("%w: %w", ErrDamaged, err)) }))
+		s.db, err = pebble.Open(s.metadata(), databaseOptions(cache, s.cfg.Memory, s.log, func(err error) { spoil(fmt.Errorf("%w: %w", ErrDamaged, err)) }))
 		return err
 	}
 	err := open()

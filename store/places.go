@@ -129,7 +129,13 @@ func (m *member) fail(err error) {
 	}
 }
 
-var errLate = errors.New("it does not answer in time")
+var (
+	errLate = errors.New("it does not answer in time")
+	errDown = errors.New("it is said not to answer")
+)
+
+// downFor is how long what Member.Down says is believed.
+const downFor = 5 * time.Second
 
 // missed says that a write went on without the member.
 func (m *member) missed() {
@@ -286,7 +292,11 @@ func (s *Store) openPlaces() error {
 			return fmt.Errorf("location %v is named twice, or is none", m.ID)
 		}
 		seen[m.ID] = true
-		s.all = append(s.all, &member{Member: m})
+		x := &member{Member: m}
+		if m.Down {
+			x.fails, x.why, x.down, x.shut = 2, errDown, time.Now(), time.Now().Add(downFor)
+		}
+		s.all = append(s.all, x)
 	}
 	schemes := []disperse.Scheme{s.cfg.Scheme}
 	for _, c := range s.cfg.Classes {

@@ -80,13 +80,21 @@ func (s *Store) ask(ctx context.Context, f func(context.Context, *answer) error)
 	members := s.used()
 	all := make([]*answer, len(members))
 	var wg sync.WaitGroup
-	var answered atomic.Int64
+	var answered, due atomic.Int64
+	for _, m := range members {
+		if !m.Down {
+			due.Add(1)
+		}
+	}
 	for i, m := range members {
 		all[i] = &answer{Member: m.Member}
 		wg.Go(func() {
 			all[i].err = f(ctx, all[i])
 			if all[i].err == nil && answered.Add(1) == int64(quorum(s.scheme)) {
 				time.AfterFunc(askLate, cancel)
+			}
+			if !m.Down && due.Add(-1) == 0 && answered.Load() >= int64(quorum(s.scheme)) {
+				cancel()
 			}
 		})
 	}

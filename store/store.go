@@ -29,6 +29,7 @@ type Member struct {
 	ID       disperse.Place
 	Farm     string // whose machine it is; a segment has one shard a farm where there are enough of them
 	Location location.Location
+	Down     bool // somebody knows that it does not answer just now: Open asks it, and does not wait for it
 }
 
 // A Body is the bytes of an object or of a part of one, as they lie in a store: in order, in segments. The value is what

@@ -51,7 +51,7 @@ type Writer struct {
 	Epoch uint64    // of whoever runs the volume's workload; only grows
 	Keep  Retention // of the earlier snapshots
 	Floor Snapshot  // the newest that is known from elsewhere; the place must have it or a later one. Zero: none is known
-	Flush bool      // write out first what the file system holds: for a volume whose workload has ended
+	Flush bool      // write out first what the file system holds in memory, synced or not; writers go on
 	Moved bool      // the place is another than before: it may know less than the volume does
 	Full  bool      // read everything and put what is not there: when Verify found something missing
 }

@@ -11,7 +11,7 @@
 // A snapshot is the plain disk at one moment, while the workload goes on (cut.go): the server notes what changed (track.go), and
 // copies what a snapshot still has to read before it is overwritten. The Manager puts what is new, sealed under names that
 // are keyed hashes, to a Place that is not trusted, and makes an image from it (snapshot.go, manifest.go). It never takes a
-// snapshot by itself, and nothing in holdfast asks it to yet.
+// snapshot by itself.
 //
 // The file system is made from a template of the next larger size (64 MiB to 64 GiB): the node needs no mkfs. Nothing is
 // ever created in place of what should be there: an absent image is ErrLost unless the caller says Create.

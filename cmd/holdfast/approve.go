@@ -208,6 +208,17 @@ func (a *app) showReview(ctx context.Context, w io.Writer, u *deploy.User, r *de
 		}
 		fmt.Fprintf(w, "%s %s\n", what, p.Contract)
 		return nil
+	case ledger.KindVolumeRestore:
+		s, err := ledger.Payload[ledger.VolumeRestore](r.Tx)
+		if err != nil {
+			return err
+		}
+		v, err := api.Get[ledger.Volume](ctx, u.Client, ledger.VolumeKey(s.Volume))
+		if err != nil {
+			return fmt.Errorf("%v: %w", s.Volume, err)
+		}
+		fmt.Fprintf(w, "volume %s of %s is put back to snapshot %x: what was written since is not in it any more\n", v.Name, p.Contract, s.Snapshot)
+		return nil
 	case ledger.KindAccountPolicy:
 		s, err := ledger.Payload[ledger.AccountPolicy](r.Tx)
 		if err != nil {

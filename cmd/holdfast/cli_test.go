@@ -78,7 +78,7 @@ func TestNames(t *testing.T) {
 	root := newRoot(&app{})
 	for _, path := range []string{
 		"up", "down", "doctor", "status", "plan", "deploy", "logs", "ca", "version", "completion bash", "completion zsh", "completion fish",
-		"run validator", "run node", "run gateway", "contract list", "contract show", "contract history", "contract cancel", "contract diff", "contract rollback", "contract proposals", "contract approve", "contract withdraw", "contract pause", "contract resume", "contract restore", "template list", "template show", "template publish", "account show", "account create", "account policy", "node list", "ledger show", "image build", "image show", "image run",
+		"run validator", "run node", "run gateway", "contract list", "contract show", "contract history", "contract cancel", "contract diff", "contract rollback", "contract proposals", "contract approve", "contract withdraw", "contract pause", "contract resume", "contract restore", "volume list", "volume snapshots", "volume restore", "template list", "template show", "template publish", "account show", "account create", "account policy", "node list", "ledger show", "image build", "image show", "image run",
 		"lab kill", "lab pause", "lab resume", "lab cut",
 		"run s3", "run location", "store status", "store scrub", "store audit", "store repair", "store rotate", "store user list", "store user add", "store user rotate", "store user remove",
 		"store policy list", "store policy show", "store policy set", "store policy remove", "location list", "location add", "location drain", "location undrain", "location remove", "restore store",

@@ -118,6 +118,15 @@ func nothingToRead(as *ledger.Assignments, args []string) error {
 }
 
 func fetchLogs(ctx context.Context, u *deploy.User, gateway string, n *ledger.Node, id contract.WorkloadID, follow bool, lines int, w io.Writer) error {
+	q := url.Values{"tail": {fmt.Sprint(lines)}}
+	if follow {
+		q.Set("follow", "1")
+	}
+	return askNode(ctx, u, gateway, n, "/v1/logs/"+id.String()+"?"+q.Encode(), w)
+}
+
+// askNode asks a node's own service, through a gateway that can read neither question nor answer, and passes the answer on.
+func askNode(ctx context.Context, u *deploy.User, gateway string, n *ledger.Node, path string, w io.Writer) error {
 	name := node.ServiceName(n.ID)
 	tr := &http.Transport{
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -135,11 +144,7 @@ func fetchLogs(ctx context.Context, u *deploy.User, gateway string, n *ledger.No
 		},
 	}
 	defer tr.CloseIdleConnections()
-	q := url.Values{"tail": {fmt.Sprint(lines)}}
-	if follow {
-		q.Set("follow", "1")
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+name+"/v1/logs/"+id.String()+"?"+q.Encode(), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+name+path, nil)
 	if err != nil {
 		return err
 	}

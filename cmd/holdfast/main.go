@@ -126,7 +126,7 @@ func newRoot(a *app) *cobra.Command {
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON for machines")
 	root.AddGroup(&cobra.Group{ID: groupUse, Title: "What you run:"}, &cobra.Group{ID: groupLook, Title: "What there is:"}, &cobra.Group{ID: groupGrid, Title: "A grid:"})
 	for id, cmds := range map[string][]*cobra.Command{
-		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.templateCmd(), a.accountCmd(), a.caCmd(), a.restoreCmd()},
+		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.volumeCmd(), a.templateCmd(), a.accountCmd(), a.caCmd(), a.restoreCmd()},
 		groupLook: {a.statusCmd(), a.farmCmd(), a.nodeCmd(), a.storeCmd(), a.locationCmd(), a.ledgerCmd()},
 		groupGrid: {a.upCmd(), a.downCmd(), a.doctorCmd(), a.labCmd(), a.imageCmd(), a.runCmd()},
 	} {

@@ -76,7 +76,24 @@ type workloadStatus struct {
 	State    string              `json:"state"`
 	Reason   string              `json:"reason"` // why it is not as it should be
 	Restarts uint32              `json:"restarts"`
-	Settled  bool                `json:"settled"` // it is as it should be: it runs, or ended as it should
+	Settled  bool                `json:"settled"`           // it is as it should be: it runs, or ended as it should
+	Saved    *time.Time          `json:"saved,omitempty"`   // what its volumes had then outlives its node
+	Unsaved  string              `json:"unsaved,omitempty"` // why nothing newer does
+}
+
+// loss says what of a workload's volumes would be lost with its node.
+func (w *workloadStatus) loss(now time.Time) string {
+	text := ""
+	switch {
+	case w.Saved != nil:
+		text = fmt.Sprintf("%v ago", max(0, now.Sub(*w.Saved)).Round(time.Second))
+	case w.Unsaved != "":
+		text = "never"
+	}
+	if w.Unsaved != "" {
+		text += ": " + w.Unsaved
+	}
+	return text
 }
 
 // serving is the state of a route that answers.
@@ -121,12 +138,7 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	if err != nil {
 		return nil, err
 	}
-	reports := map[contract.WorkloadID][]ledger.Report{}
-	for _, h := range beats {
-		for _, r := range h.Workloads {
-			reports[r.Workload] = append(reports[r.Workload], r)
-		}
-	}
+	reports := byWorkload(beats)
 	ids := []contract.ID{only}
 	if only.IsZero() {
 		ids = nil
@@ -182,6 +194,17 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	return s, eg.Wait()
 }
 
+// byWorkload sorts what nodes report.
+func byWorkload(beats []*ledger.Heartbeat) map[contract.WorkloadID][]ledger.Report {
+	out := map[contract.WorkloadID][]ledger.Report{}
+	for _, h := range beats {
+		for _, r := range h.Workloads {
+			out[r.Workload] = append(out[r.Workload], r)
+		}
+	}
+	return out
+}
+
 // statusOf is what the ledger has of a contract.
 func statusOf(rec *ledger.Contract, as *ledger.Assignments) contractStatus {
 	newest := rec.Revisions[len(rec.Revisions)-1]
@@ -230,6 +253,11 @@ func workload(rec *ledger.Contract, number uint32, x *ledger.Assignment, n *ledg
 	for _, r := range reports {
 		if r.Epoch == x.Epoch && r.Revision == number {
 			w.State, w.Reason, w.Restarts = printable([]byte(r.State)), printable([]byte(r.Reason)), r.Restarts // a farmer's words
+			w.Unsaved = printable([]byte(r.Unsaved))
+			if r.Saved > 0 {
+				t := time.UnixMilli(r.Saved).UTC()
+				w.Saved = &t
+			}
 			w.Settled = r.State == ledger.StateRunning || r.State == ledger.StateExited && r.ExitCode == 0
 		}
 	}
@@ -358,9 +386,18 @@ func showWorkloads(w io.Writer, s *status) {
 		return
 	}
 	fmt.Fprintln(w)
-	rows := [][]string{{"WORKLOAD", "NODE", "EPOCH", "STATE", "RESTARTS", "REASON"}}
+	// A column that is empty is not shown: most contracts have no volumes.
+	now, volumes := time.Now(), slices.ContainsFunc(s.Workloads, func(x workloadStatus) bool { return x.loss(time.Now()) != "" })
+	saved := func(text string) []string {
+		if !volumes {
+			return nil
+		}
+		return []string{text}
+	}
+	rows := [][]string{append(append([]string{"WORKLOAD", "NODE", "EPOCH", "STATE", "RESTARTS"}, saved("SAVED")...), "REASON")}
 	for _, x := range s.Workloads {
-		rows = append(rows, []string{x.Name, x.Node, fmt.Sprint(x.Epoch), stateColour(w, x.State), fmt.Sprint(x.Restarts), x.Reason})
+		row := append([]string{x.Name, x.Node, fmt.Sprint(x.Epoch), stateColour(w, x.State), fmt.Sprint(x.Restarts)}, saved(x.loss(now))...)
+		rows = append(rows, append(row, x.Reason))
 	}
 	table(w, rows...)
 }

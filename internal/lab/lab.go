@@ -156,6 +156,8 @@ type Workload struct {
 	Name, ID, Node, State, Reason string
 	Epoch                         uint64
 	Restarts                      int
+	Saved                         *time.Time
+	Unsaved                       string
 }
 
 // Node is one of status's.

@@ -91,6 +91,7 @@ func TestGrid(t *testing.T) {
 		{"6 a killed agent moves and restarts nothing", killedAgent},
 		{"6 a paused node wakes late", pausedNode},
 		{"6 a lost node's work moves, and a volume's waits", lostNode},
+		{"a volume follows its workload", volumeFollows},
 		{"6 validator and gateway come back", killedServers},
 		{"6 everything at once", everything},
 		{"blobs outlive a farm and the validator's directory", blobsOutlive},

@@ -31,6 +31,7 @@ const (
 type Key struct {
 	Pin    Pin
 	Rights Rights
+	From   netip.Addr // the one address that it is good from, where addresses can be trusted; zero: any
 }
 
 // Store is one that keeps shards here.
@@ -38,6 +39,7 @@ type Store struct {
 	Name  string // names its directory
 	Keys  []Key
 	Quota Quota
+	Hold  time.Duration // as in Config; 0 is the server's
 }
 
 // ServerConfig configures a Server.
@@ -61,7 +63,17 @@ type client struct {
 	pin    Pin
 	store  string
 	rights Rights
+	from   netip.Addr
 	conns  map[*conn]struct{}
+}
+
+// comes reports whether a connection comes from where the key is good.
+func (c *client) comes(from net.Addr) bool {
+	if c.from == (netip.Addr{}) {
+		return true
+	}
+	ap, err := netip.ParseAddrPort(from.String())
+	return err == nil && ap.Addr().Unmap() == c.from
 }
 
 // hosted is a store whose directory is open.
@@ -126,7 +138,7 @@ func clientsOf(stores []Store) (map[Pin]*client, error) {
 			if out[k.Pin] != nil {
 				return nil, fmt.Errorf("location: store %s: key %v is there twice", st.Name, k.Pin)
 			}
-			out[k.Pin] = &client{pin: k.Pin, store: st.Name, rights: k.Rights, conns: map[*conn]struct{}{}}
+			out[k.Pin] = &client{pin: k.Pin, store: st.Name, rights: k.Rights, from: k.From, conns: map[*conn]struct{}{}}
 		}
 	}
 	return out, nil
@@ -173,7 +185,7 @@ func (s *Server) SetStores(stores []Store) error {
 	}
 	s.mu.Lock()
 	for pin, was := range s.clients {
-		if is := clients[pin]; is != nil && is.store == was.store && is.rights == was.rights {
+		if is := clients[pin]; is != nil && is.store == was.store && is.rights == was.rights && is.from == was.from {
 			clients[pin] = was
 			continue
 		}
@@ -213,7 +225,7 @@ func (s *Server) Used() (n int64) {
 func (s *Server) host(st Store) (*hosted, error) {
 	root := filepath.Join(s.cfg.Path, "stores")
 	d, err := Open(Config{
-		Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: s.cfg.Hold, MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
+		Path: filepath.Join(root, st.Name), Quota: st.Quota, Hold: cmp.Or(st.Hold, s.cfg.Hold), MaxRetain: s.cfg.MaxRetain, Scrub: s.cfg.Scrub, Now: s.cfg.Now, Log: s.cfg.Log,
 	})
 	if err == nil {
 		if err = syncDir(root); err != nil {
@@ -418,7 +430,7 @@ func (s *Server) serve(ctx context.Context, c *conn, cfg *tls.Config) {
 	var cl *client
 	var h *hosted
 	if err == nil {
-		if cl = s.clients[pinOf(t.ConnectionState())]; cl != nil {
+		if cl = s.clients[pinOf(t.ConnectionState())]; cl != nil && cl.comes(c.raw.RemoteAddr()) {
 			h = s.stores[cl.store]
 		}
 	}

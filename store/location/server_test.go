@@ -10,6 +10,7 @@ import (
 	"io"
 	mrand "math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -637,5 +638,30 @@ func TestStoresComeAndGo(t *testing.T) {
 	good(t, "within its quota", c.Put(t.Context(), m, other, time.Time{}))
 	if _, err := reader.Status(t.Context()); err == nil {
 		t.Error("a key that is gone reads")
+	}
+}
+
+// A key that is good from one address is no key from another, and when it becomes another's address what is open ends.
+func TestAKeyIsGoodFromOneAddress(t *testing.T) {
+	s := oneStore(t)
+	first, second := s.clientFrom(t, Seed{1}, "127.0.0.2"), s.clientFrom(t, Seed{1}, "127.0.0.3")
+	key := keyOf(Seed{1}, everything)
+	set := func(ip string) {
+		t.Helper()
+		key.From = netip.MustParseAddr(ip)
+		good(t, "bind", s.SetStores([]Store{{Name: "a", Keys: []Key{key}}}))
+	}
+	good(t, "a key that is bound to nothing", second.Announce(t.Context(), 1, Holder{1}))
+	set("127.0.0.2")
+	n, shard := shardOf(t, 1000)
+	announced(t, first, 2)
+	good(t, "put", first.Put(t.Context(), n, shard, time.Time{}))
+	if _, err := second.Status(t.Context()); err == nil {
+		t.Error("it answers another address")
+	}
+	set("127.0.0.3")
+	has(t, second, n, shard)
+	if _, err := first.Status(t.Context()); err == nil {
+		t.Error("it answers the address from before")
 	}
 }

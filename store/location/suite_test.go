@@ -142,7 +142,7 @@ func keyOf(seed Seed, r Rights) Key {
 	if err != nil {
 		panic(err)
 	}
-	return Key{p, r}
+	return Key{Pin: p, Rights: r}
 }
 
 func certOf(t testing.TB, seed Seed) tls.Certificate {
@@ -157,6 +157,20 @@ func certOf(t testing.TB, seed Seed) tls.Certificate {
 func (s *serving) client(t testing.TB, seed Seed) *Client {
 	t.Helper()
 	c, err := NewClient(ClientConfig{Addr: s.addr, Pin: s.pin, Certificate: certOf(t, seed)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// clientFrom is a client at an address of its own.
+func (s *serving) clientFrom(t testing.TB, seed Seed, ip string) *Client {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
+	c, err := NewClient(ClientConfig{Addr: s.addr, Pin: s.pin, Certificate: certOf(t, seed), Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+		return d.DialContext(ctx, "tcp", addr)
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -77,7 +77,7 @@ var images = map[string]recipe{
 	"postgres": {
 		debs: []string{"postgresql-15", "postgresql-client-15", "libpq5", "libicu72", "libxml2", "liblz4-1", "libzstd1", "libgssapi-krb5-2", "libkrb5-3", "libk5crypto3",
 			"libkrb5support0", "libcom-err2", "libkeyutils1", "libldap-2.5-0", "libsasl2-2", "libpam0g", "libselinux1", "libsystemd0", "libgcrypt20", "libgpg-error0", "liblzma5",
-			"libcap2", "libaudit1", "libcap-ng0", "libuuid1", "libpcre2-8-0", "libgnutls30", "libp11-kit0", "libidn2-0", "libunistring2", "libtasn1-6", "libnettle8", "libhogweed6", "libgmp10", "libffi8", "libdb5.3", "libmd0", "libbsd0", "dash"},
+			"libcap2", "libaudit1", "libcap-ng0", "libuuid1", "libpcre2-8-0", "libgnutls30", "libp11-kit0", "libidn2-0", "libunistring2", "libtasn1-6", "libnettle8", "libhogweed6", "libgmp10", "libffi8", "libdb5.3", "libmd0", "libbsd0", "libreadline8", "libtinfo6", "dash"},
 		links:  map[string]string{"usr/bin/sh": "dash"}, // initdb starts the server through popen
 		goPkg:  map[string]goPkg{"usr/local/bin/start-postgres": {".", "./start-postgres"}},
 		dirs:   map[string]owner{"var/lib/postgresql": {100, 102, 0o755}, "var/lib/postgresql/data": {100, 102, 0o755}},
