@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -40,8 +41,11 @@ type Client struct {
 	comet   *comet.Client
 	log     *slog.Logger
 
+	cfg     ClientConfig
+	mu      sync.Mutex
+	set     *ledger.Validators          // as it was last proved; at first that of the genesis
+	beating map[comet.Pin]chan struct{} // heartbeats under way, by validator
 	beats   sync.WaitGroup
-	beating []chan struct{} // heartbeats under way, by validator
 	ctx     context.Context // of these
 	cancel  func()
 }
@@ -51,7 +55,7 @@ func LedgerName(grid identity.GridID) string { return "ledger." + grid.Short() +
 
 // NewClient checks the configuration and dials nothing.
 func NewClient(cfg ClientConfig) (*Client, error) {
-	c := &Client{genesis: cfg.Genesis, grid: cfg.Genesis.GridID(), log: cfg.Log}
+	c := &Client{genesis: cfg.Genesis, grid: cfg.Genesis.GridID(), log: cfg.Log, cfg: cfg, beating: map[comet.Pin]chan struct{}{}}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -60,23 +64,60 @@ func NewClient(cfg ClientConfig) (*Client, error) {
 	if cfg.Trust != "" {
 		cc.Trust = comet.FileTrust(cfg.Trust)
 	}
-	for i := range cfg.Genesis.Validators {
-		v := &cfg.Genesis.Validators[i]
-		dial := func(ctx context.Context) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "tcp", v.Address)
-		}
-		if cfg.Dial != nil {
-			dial = func(ctx context.Context) (net.Conn, error) { return cfg.Dial(ctx, v) }
-		}
-		c.beating = append(c.beating, make(chan struct{}, maxBeats))
-		cc.Servers = append(cc.Servers, comet.Server{Dial: dial, Name: LedgerName(c.grid), Pins: []comet.Pin{v.TLS}})
-	}
+	c.set = &ledger.Validators{Members: cfg.Genesis.Validators}
+	cc.Servers = c.servers(c.set)
 	var err error
 	if c.comet, err = comet.NewClient(cc); err != nil {
 		return nil, err
 	}
 	return c, nil
+}
+
+// servers are those of a set. c.mu is held, or c is not shared yet.
+func (c *Client) servers(set *ledger.Validators) (out []comet.Server) {
+	for i := range set.Members {
+		v := &set.Members[i]
+		dial := func(ctx context.Context) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", v.Address)
+		}
+		if c.cfg.Dial != nil {
+			dial = func(ctx context.Context) (net.Conn, error) { return c.cfg.Dial(ctx, v) }
+		}
+		if c.beating[v.TLS] == nil {
+			c.beating[v.TLS] = make(chan struct{}, maxBeats)
+		}
+		out = append(out, comet.Server{Dial: dial, Name: LedgerName(c.grid), Pins: []comet.Pin{v.TLS}})
+	}
+	return out
+}
+
+// Validators is the set of now, proved. From then on the client asks these, and counts heartbeats by them.
+func (c *Client) Validators(ctx context.Context) (*ledger.Validators, error) {
+	v, err := c.comet.Read(ctx, ledger.ValidatorsKey)
+	if err != nil {
+		return nil, err
+	}
+	raw, ok := v.Value(ledger.ValidatorsKey)
+	set, err := ledger.ValidatorsOf(c.genesis, raw, ok)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if set.Height > c.set.Height {
+		if err := c.comet.SetServers(c.servers(set)); err != nil {
+			return nil, err
+		}
+		c.set = set
+	}
+	return c.set, nil
+}
+
+func (c *Client) known() *ledger.Validators {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.set
 }
 
 // Close ends heartbeats that are still on their way, and closes idle connections.
@@ -273,6 +314,9 @@ func (c *Client) Act(ctx context.Context, kind ledger.Kind, a ledger.Actor, payl
 	return tx, nil
 }
 
+// setHeader is the height that made the set of validators by which a validator takes a heartbeat; absent it is 0, the genesis's.
+const setHeader = "Holdfast-Validators"
+
 // maxBeats bounds the heartbeats on their way to one validator: one that hangs does not gather them without end.
 const maxBeats = 8
 
@@ -284,28 +328,44 @@ func (c *Client) Heartbeat(ctx context.Context, raw []byte) error {
 		power int64
 		err   error
 	}
-	vs := c.genesis.Validators
+	set := c.known()
+	vs := set.Members
 	answers := make(chan answer, len(vs))
+	newer := make(chan struct{}, 1) // somebody knows a newer set: the next heartbeat goes by it
 	total := int64(0)
 	for i := range vs {
 		v := &vs[i]
 		total += v.Power
+		c.mu.Lock()
+		beating := c.beating[v.TLS]
+		c.mu.Unlock()
 		select {
-		case c.beating[i] <- struct{}{}:
+		case beating <- struct{}{}:
 		default:
 			answers <- answer{0, fmt.Errorf("validator %s: %w: %d heartbeats are on their way", v.Name, comet.ErrUnavailable, maxBeats)}
 			continue
 		}
 		c.beats.Go(func() {
-			defer func() { <-c.beating[i] }()
+			defer func() { <-beating }()
 			bctx, cancel := context.WithTimeout(c.ctx, max(c.genesis.Lease, time.Second))
 			defer cancel()
-			resp, err := c.doAt(bctx, i, http.MethodPost, "/v1/heartbeat", bytes.NewReader(raw), nil)
+			resp, err := c.doAt(bctx, v.TLS, http.MethodPost, "/v1/heartbeat", bytes.NewReader(raw), nil)
 			if err != nil {
 				answers <- answer{0, fmt.Errorf("validator %s: %w", v.Name, err)}
 				return
 			}
 			resp.Body.Close()
+			if at, _ := strconv.ParseInt(resp.Header.Get(setHeader), 10, 64); at != set.Height {
+				// By another set the node may be dead already: it must not count by this one that it lives.
+				answers <- answer{0, fmt.Errorf("validator %s: its set of validators is of height %d, the one known here of %d", v.Name, at, set.Height)}
+				if at > set.Height {
+					select {
+					case newer <- struct{}{}:
+					default:
+					}
+				}
+				return
+			}
 			answers <- answer{v.Power, nil}
 		})
 	}
@@ -323,6 +383,13 @@ func (c *Client) Heartbeat(ctx context.Context, raw []byte) error {
 		case <-ctx.Done():
 			return fmt.Errorf("heartbeat: heard by %d of %d of the power: %w", heard, total, errors.Join(append(errs, ctx.Err())...))
 		}
+	}
+	select {
+	case <-newer:
+		if _, err := c.Validators(ctx); err != nil {
+			errs = append(errs, err)
+		}
+	default:
 	}
 	return fmt.Errorf("heartbeat: heard by %d of %d of the power: %w", heard, total, errors.Join(errs...))
 }
@@ -368,12 +435,12 @@ func (c *Client) Reports(ctx context.Context, nodes []*ledger.Node) ([]*ledger.H
 	return out, nil
 }
 
-// keeper is the one validator that keeps blobs in this version.
-const keeper = 0
+// keeper is the one validator that keeps blobs in this version: the first of the set.
+func (c *Client) keeper() comet.Pin { return c.known().Members[0].TLS }
 
 // HasBlob reports whether the grid holds a blob.
 func (c *Client) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
-	resp, err := c.doAt(ctx, keeper, http.MethodHead, "/v1/blob/"+d.String(), nil, nil)
+	resp, err := c.doAt(ctx, c.keeper(), http.MethodHead, "/v1/blob/"+d.String(), nil, nil)
 	if errors.Is(err, store.ErrAbsent) {
 		return false, nil
 	} else if err != nil {
@@ -384,7 +451,7 @@ func (c *Client) HasBlob(ctx context.Context, d store.Digest) (bool, error) {
 
 // OpenBlob fetches a blob; the reader fails at its end if the bytes do not have the digest.
 func (c *Client) OpenBlob(ctx context.Context, d store.Digest) (io.ReadCloser, int64, error) {
-	resp, err := c.doAt(ctx, keeper, http.MethodGet, "/v1/blob/"+d.String(), nil, nil)
+	resp, err := c.doAt(ctx, c.keeper(), http.MethodGet, "/v1/blob/"+d.String(), nil, nil)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -421,9 +488,10 @@ func (c *cable) Read(p []byte) (int, error) {
 
 // PutBlob stores a blob in the name of an account.
 func (c *Client) PutBlob(ctx context.Context, d store.Digest, size int64, r io.Reader, account identity.AccountID, key *identity.PrivateKey) error {
+	keeper := c.keeper()
 	resp, err := c.doAt(ctx, keeper, http.MethodPut, "/v1/blob/"+d.String(), r, func(req *http.Request) {
 		req.ContentLength = size
-		access.Sign(req, c.genesis.Validators[keeper].TLS, account, key, time.Now())
+		access.Sign(req, keeper, account, key, time.Now())
 	})
 	if err != nil {
 		return fmt.Errorf("put blob: %w", err)
@@ -432,11 +500,11 @@ func (c *Client) PutBlob(ctx context.Context, d store.Digest, size int64, r io.R
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
-	return c.doAt(ctx, -1, method, path, body, prepare)
+	return c.doAt(ctx, comet.Pin{}, method, path, body, prepare)
 }
 
-// doAt asks one validator, or with -1 the one in use.
-func (c *Client) doAt(ctx context.Context, i int, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
+// doAt asks one validator, or with no pin the one in use.
+func (c *Client) doAt(ctx context.Context, pin comet.Pin, method, path string, body io.Reader, prepare func(*http.Request)) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "https://"+LedgerName(c.grid)+path, body)
 	if err != nil {
 		return nil, err
@@ -445,10 +513,10 @@ func (c *Client) doAt(ctx context.Context, i int, method, path string, body io.R
 		prepare(req)
 	}
 	var resp *http.Response
-	if i < 0 {
+	if pin == (comet.Pin{}) {
 		resp, err = c.comet.Do(req)
 	} else {
-		resp, err = c.comet.DoAt(i, req)
+		resp, err = c.comet.DoAt(pin, req)
 	}
 	if err != nil {
 		return nil, err

@@ -178,6 +178,45 @@ func newEar(t *testing.T, name string) *ear {
 	return e
 }
 
+// A node counts by the newest set who has heard it: by an older one it could be dead for those who decide.
+func TestHeartbeatsGoByTheSetOfNow(t *testing.T) {
+	g := apitest.Start(t, nil)
+	admin, ctx := g.Client(nil), g.Context()
+	n := g.Node(admin, "node-1", 20)
+	lags := g.Client(nil)
+	if err := lags.Heartbeat(ctx, n.Heartbeat().Encode()); err != nil {
+		t.Fatal(err)
+	}
+	home := filepath.Join(t.TempDir(), "second")
+	keys, err := comet.MakeKeys(home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	join := &ledger.ValidatorJoin{Validator: ledger.Validator{Name: "second", Key: keys.Public, Power: 1, TLS: [32]byte{5}, Address: "127.0.0.1:1"}}
+	if join.Proof, err = comet.Prove(home, ledger.JoinBytes(admin.Grid(), &join.Validator)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.Act(ctx, ledger.KindValidatorJoin, ledger.Actor{ID: g.Genesis.GridAccount()}, join, g.Admin.DeviceKey()); err != nil {
+		t.Fatal(err)
+	}
+	if err := lags.Heartbeat(ctx, n.Heartbeat().Encode()); err == nil || !strings.Contains(err.Error(), "its set of validators is of height") {
+		t.Errorf("by the set of the genesis: %v", err)
+	}
+	// It has learned of the new one by that, and the one of power 10 of 11 is enough.
+	if err := lags.Heartbeat(ctx, n.Heartbeat().Encode()); err != nil {
+		t.Errorf("by the set of now: %v", err)
+	}
+	if set, err := lags.Validators(ctx); err != nil || len(set.Members) != 2 || set.Members[1].Name != "second" {
+		t.Errorf("validators are %+v, %v", set, err)
+	}
+	if _, err := admin.Act(ctx, ledger.KindValidatorLeave, ledger.Actor{ID: g.Genesis.GridAccount()}, &ledger.ValidatorLeave{Validator: join.Validator.ID()}, g.Admin.DeviceKey()); err != nil {
+		t.Fatal(err)
+	}
+	if set, err := lags.Validators(ctx); err != nil || len(set.Members) != 1 {
+		t.Errorf("validators are %+v, %v", set, err)
+	}
+}
+
 func TestHeartbeatsGoToAllValidators(t *testing.T) {
 	g := &ledger.Genesis{Version: 1, Name: "test", Time: time.Now().Unix(), Policy: identity.SingleDevice(), Lease: 5 * time.Second, Margin: time.Second}
 	var ears []*ear

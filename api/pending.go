@@ -17,6 +17,7 @@ import (
 	"holdfast/identity"
 	"holdfast/internal/canonical"
 	"holdfast/ledger"
+	"holdfast/ledger/comet"
 )
 
 // Bounds of the machines that ask to become nodes. Anybody can ask, as often and under as many keys as he likes.
@@ -228,8 +229,8 @@ const askTime = 5 * time.Second
 func (c *Client) all(ctx context.Context, method, path string, body []byte, limit int64, f func(answer []byte) error) error {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
-	ask := func(i int) ([]byte, error) {
-		resp, err := c.doAt(ctx, i, method, path, bytes.NewReader(body), nil)
+	ask := func(pin comet.Pin) ([]byte, error) {
+		resp, err := c.doAt(ctx, pin, method, path, bytes.NewReader(body), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -238,9 +239,10 @@ func (c *Client) all(ctx context.Context, method, path string, body []byte, limi
 	}
 	var mu sync.Mutex
 	errs := make(chan error)
-	for i, v := range c.genesis.Validators {
+	vs := c.known().Members
+	for _, v := range vs {
 		go func() {
-			b, err := ask(i)
+			b, err := ask(v.TLS)
 			if err == nil {
 				mu.Lock()
 				err = f(b)
@@ -253,12 +255,12 @@ func (c *Client) all(ctx context.Context, method, path string, body []byte, limi
 		}()
 	}
 	var bad []error
-	for range c.genesis.Validators {
+	for range vs {
 		if err := <-errs; err != nil {
 			bad = append(bad, err)
 		}
 	}
-	if len(bad) < len(c.genesis.Validators) {
+	if len(bad) < len(vs) {
 		return nil
 	}
 	return errors.Join(bad...)

@@ -56,7 +56,7 @@ func (v *Validator) blobPlace(w http.ResponseWriter, r *http.Request) {
 
 // BlobPlace asks the validator that keeps the blobs where they are.
 func (c *Client) BlobPlace(ctx context.Context) (*BlobPlace, error) {
-	resp, err := c.doAt(ctx, keeper, http.MethodGet, "/v1/store", nil, nil)
+	resp, err := c.doAt(ctx, c.keeper(), http.MethodGet, "/v1/store", nil, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -223,8 +223,14 @@ func (v *Validator) state() *ledger.State {
 // grid counts in another.
 func CometGenesis(g *ledger.Genesis) comet.Genesis {
 	out := comet.Genesis{Chain: g.GridID().String()[:comet.MaxChain], Time: time.Unix(g.Time, 0).UTC(), State: g.Encode()}
-	for _, m := range g.Validators {
-		out.Validators = append(out.Validators, comet.Member{Key: m.Key, Power: m.Power})
+	out.Validators = members(g.Validators)
+	return out
+}
+
+func members(vs []ledger.Validator) []comet.Member {
+	out := make([]comet.Member, len(vs))
+	for i := range vs {
+		out[i] = comet.Member{Key: vs[i].Key, Power: vs[i].Power}
 	}
 	return out
 }
@@ -241,6 +247,11 @@ func (m machine) Apply(b comet.Block) (comet.State, []comet.Result) {
 		}
 		in.Heard = append(in.Heard, ledger.Heard{Power: h.Power, Nodes: nodes})
 	}
+	for _, a := range b.Offenders {
+		if len(a) == 20 {
+			in.Offenders = append(in.Offenders, [20]byte(a))
+		}
+	}
 	next, res := m.State.Apply(in)
 	out := make([]comet.Result, len(res))
 	for i, r := range res {
@@ -248,6 +259,9 @@ func (m machine) Apply(b comet.Block) (comet.State, []comet.Result) {
 	}
 	return machine{next}, out
 }
+
+// Validators is the set that the ledger decided on.
+func (m machine) Validators() []comet.Member { return members(m.State.Validators().Members) }
 
 func (m machine) Changes(since comet.State) iter.Seq2[string, []byte] {
 	if since == nil {
@@ -335,6 +349,7 @@ func (v *Validator) heartbeat(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusForbidden)
 		return
 	}
+	w.Header().Set(setHeader, strconv.FormatInt(s.Validators().Height, 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 

@@ -28,6 +28,7 @@ const (
 	ActAdmitNode    Act = "admit-node"    // the farm's owner
 	ActAdmitGateway Act = "admit-gateway" // grid account only
 	ActSetQuota     Act = "set-quota"     // grid account only
+	ActValidators   Act = "validators"    // grid account only: who takes part in consensus
 )
 
 // Limits of an account.
@@ -45,7 +46,7 @@ const (
 func Acts() []Act {
 	return []Act{
 		ActDefault, ActCreate, ActRevise, ActScale, ActRoute, ActCancel, ActPause, ActPublish, ActSignImage, ActApprove, ActPolicy, ActReadLogs,
-		ActAdmitFarm, ActAdmitNode, ActAdmitGateway, ActSetQuota,
+		ActAdmitFarm, ActAdmitNode, ActAdmitGateway, ActSetQuota, ActValidators,
 	}
 }
 

@@ -99,6 +99,19 @@ func (p *PublicKey) Verify(purpose string, msg []byte, s *Signature) error {
 	return nil
 }
 
+// VerifyMLDSA checks an ML-DSA-65 signature of a key that is not one of ours, a validator's, which signs without a context. No
+// signature of a PrivateKey passes: those have one.
+func VerifyMLDSA(key, msg, sig []byte) error {
+	var pub mldsa65.PublicKey
+	if err := pub.UnmarshalBinary(key); err != nil {
+		return fmt.Errorf("ml-dsa key: %w", err)
+	}
+	if !mldsa65.Verify(&pub, msg, nil, sig) {
+		return ErrSignature
+	}
+	return nil
+}
+
 // Digest identifies the key.
 func (p *PublicKey) Digest() [32]byte { return canonical.Digest("holdfast/public-key/v1", p[:]) }
 

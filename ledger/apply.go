@@ -180,6 +180,8 @@ func acts(kind Kind) []identity.Act {
 		return []identity.Act{identity.ActAdmitNode}
 	case KindGatewayAdmit:
 		return []identity.Act{identity.ActAdmitGateway}
+	case KindValidatorJoin, KindValidatorLeave:
+		return []identity.Act{identity.ActValidators}
 	case KindContractSubmit:
 		return []identity.Act{identity.ActCreate, identity.ActRevise, identity.ActScale, identity.ActRoute}
 	case KindContractCancel:
@@ -229,6 +231,10 @@ func (b *batch) execute(tx *Tx, who *signers) error {
 		return with(tx, func(p *NodeUpdate) error { return b.nodeUpdate(who, p) })
 	case KindGatewayAdmit:
 		return with(tx, func(p *GatewayAdmit) error { return b.gatewayAdmit(who, p) })
+	case KindValidatorJoin:
+		return with(tx, func(p *ValidatorJoin) error { return b.validatorJoin(tx, who, p) })
+	case KindValidatorLeave:
+		return with(tx, func(p *ValidatorLeave) error { return b.validatorLeave(who, p) })
 	case KindContractSubmit:
 		return with(tx, func(p *ContractSubmit) error { return b.contractSubmit(tx, who, p) })
 	case KindContractCancel:
@@ -427,11 +433,7 @@ func (b *batch) claim(use string, key [32]byte, id identity.NodeID) error {
 		return fmt.Errorf("another node has this %s key", use)
 	}
 	if use == useWireGuard {
-		g, err := b.Genesis()
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(g.Validators, func(v Validator) bool { return v.WireGuard == key }) {
+		if b.validatorHas(func(v *Validator) bool { return v.WireGuard == key }) {
 			return fmt.Errorf("a validator has this %s key", use)
 		}
 	}
@@ -447,11 +449,7 @@ func (b *batch) freeTLS(key [32]byte) error {
 	if _, taken := b.tree.get(GatewayKey(identity.GatewayID(key))); taken {
 		return fmt.Errorf("a gateway has this %s key", useTLS)
 	}
-	g, err := b.Genesis()
-	if err != nil {
-		return err
-	}
-	if slices.ContainsFunc(g.Validators, func(v Validator) bool { return v.TLS == key }) {
+	if b.validatorHas(func(v *Validator) bool { return v.TLS == key }) {
 		return fmt.Errorf("a validator has this %s key", useTLS)
 	}
 	return nil

@@ -166,7 +166,8 @@ func TestHistory(t *testing.T) {
 
 // A kind of transaction is of contracts or not: a new one must not be left out of their histories by mistake.
 func TestEveryKindIsOfAHistoryOrNot(t *testing.T) {
-	not := []Kind{KindAccountCreate, KindAccountQuota, KindAccountPolicy, KindTemplate, KindImageSign, KindFarmAdmit, KindNodeAdmit, KindNodeUpdate, KindGatewayAdmit}
+	not := []Kind{KindAccountCreate, KindAccountQuota, KindAccountPolicy, KindTemplate, KindImageSign, KindFarmAdmit, KindNodeAdmit, KindNodeUpdate, KindGatewayAdmit, KindValidatorJoin,
+		KindValidatorLeave}
 	in := map[Kind]bool{}
 	for _, x := range toldContract(t).done {
 		tx, err := DecodeTx(x.Tx)

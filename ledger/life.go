@@ -319,6 +319,6 @@ func (b *batch) look(kind byte, id [32]byte) {
 		err = try.trialDue(id)
 	}
 	if err == nil {
-		b.tree, b.fleet = try.tree, try.fleet
+		b.tree, b.fleet, b.set, b.setAt = try.tree, try.fleet, try.set, try.setAt
 	}
 }

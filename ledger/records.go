@@ -136,6 +136,9 @@ func contractNameKey(a identity.AccountID, name string) string {
 	return "contract-name/" + string(a[:]) + name
 }
 
+// goneKey names a validator that left, by the SHA-256 of its consensus key: an int64, the height.
+func goneKey(id ValidatorID) string { return "validator-gone/" + string(id[:]) }
+
 // dueKey names what is to be looked at in a minute since 1970: 8 bytes of time (Unix milliseconds), a kind, an ID each.
 func dueKey(minute uint64) string              { return "due/" + string(binary.BigEndian.AppendUint64(nil, minute)) }
 func farmNameKey(name string) string           { return "farm-name/" + name }
@@ -158,15 +161,16 @@ func EnvelopeKey(rev contract.RevisionID, kind string, recipient [32]byte) strin
 
 // Lists of everything of a kind, in the order of creation.
 const (
-	GridKey      = "grid"      // Grid
-	FarmsKey     = "farms"     // []identity.FarmID
-	NodesKey     = "nodes"     // []identity.NodeID
-	GatewaysKey  = "gateways"  // []identity.GatewayID
-	ContractsKey = "contracts" // []contract.ID, those that are active
-	RoutesKey    = "routes"    // []string, host names
-	StoresKey    = "stores"    // []contract.ID, of Store.ID: what locations serve
-	SharedKey    = "shared"    // Quota, what all accounts without a quota of their own use together
-	WaitingKey   = "waiting"   // []contract.ID, active ones with a workload that is on no node, the next one to try first
+	GridKey       = "grid"       // Grid
+	FarmsKey      = "farms"      // []identity.FarmID
+	NodesKey      = "nodes"      // []identity.NodeID
+	GatewaysKey   = "gateways"   // []identity.GatewayID
+	ContractsKey  = "contracts"  // []contract.ID, those that are active
+	RoutesKey     = "routes"     // []string, host names
+	StoresKey     = "stores"     // []contract.ID, of Store.ID: what locations serve
+	SharedKey     = "shared"     // Quota, what all accounts without a quota of their own use together
+	ValidatorsKey = "validators" // Validators; absent while they are those of the genesis
+	WaitingKey    = "waiting"    // []contract.ID, active ones with a workload that is on no node, the next one to try first
 )
 
 const (

@@ -29,6 +29,8 @@ type State struct {
 	sigs  *signatures
 	birth *Genesis        // the tree's genesis, kept at hand: it is read with every block and never changes
 	fleet []schedule.Node // the tree's nodes with the room that is left, kept at hand; never changed in place
+	set   []Validator     // the tree's validators, kept at hand; never changed in place
+	setAt int64           // the height of the block that made set; 0: the genesis
 	told  []told          // of the block that made it, outside the tree
 }
 
@@ -48,11 +50,14 @@ type Block struct {
 	Time   time.Time
 	Txs    [][]byte
 	Heard  []Heard
+	// Offenders are validators of which there is proof that they voted for two blocks of one height: the first 20 bytes of
+	// their ValidatorID each.
+	Offenders [][20]byte
 }
 
 // Heard is one validator's word of which nodes it has heard within lease and margin.
 type Heard struct {
-	Power int64
+	Power int64  // in the set that voted, whatever the set is by now
 	Nodes Bitmap // by Node.Index; nil: the validator said nothing
 }
 
@@ -76,7 +81,7 @@ func New(g *Genesis) (*State, error) {
 	if err != nil {
 		return nil, fmt.Errorf("genesis: %w", err)
 	}
-	b := &batch{State: State{sigs: newSignatures(), birth: birth}}
+	b := &batch{State: State{sigs: newSignatures(), birth: birth, set: birth.Validators}}
 	acct := identity.Account{ID: g.GridAccount(), Devices: g.Devices, Policy: g.Policy, Sealing: g.Sealing}
 	if err := acct.Validate(); err != nil {
 		return nil, fmt.Errorf("genesis: grid account: %w", err)
@@ -111,6 +116,9 @@ func Load(all iter.Seq2[string, []byte]) (*State, error) {
 		return nil, fmt.Errorf("load genesis: %w", err)
 	}
 	if s.fleet, err = readFleet(s); err != nil {
+		return nil, err
+	}
+	if s.set, s.setAt, err = readSet(s); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -172,6 +180,7 @@ type batch struct {
 	State
 	height  int64
 	subject contract.ID // of the transaction that was executed, zero without one
+	began   []Validator // the set before the block
 }
 
 func set[T any](b *batch, key string, v *T) { b.tree = b.tree.put(key, canonical.Encode(v)) }
@@ -180,7 +189,7 @@ func (b *batch) del(key string) { b.tree = b.tree.del(key) }
 
 // Check says whether tx would be accepted now.
 func (s *State) Check(tx []byte) error {
-	b := &batch{State: *s}
+	b := &batch{State: *s, began: s.set}
 	_, _, err := b.apply(tx)
 	return err
 }
@@ -199,9 +208,12 @@ func (s *State) Verify(raw []byte) error {
 // signers could have done such a thing, a used nonce. Otherwise what was refused once could be executed years later, by
 // whoever kept it.
 func (s *State) Apply(blk Block) (*State, []Result) {
-	b := &batch{State: *s, height: blk.Height}
+	b := &batch{State: *s, height: blk.Height, began: s.set}
 	b.told = nil
 	now := blk.Time.UnixMilli()
+	for _, address := range blk.Offenders {
+		b.expel(address)
+	}
 	results := make([]Result, len(blk.Txs))
 	for i, raw := range blk.Txs {
 		try := *b
@@ -214,7 +226,7 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 			}
 			continue
 		}
-		b.tree, b.fleet = try.tree, try.fleet
+		b.tree, b.fleet, b.set, b.setAt = try.tree, try.fleet, try.set, try.setAt
 		if try.subject != (contract.ID{}) {
 			b.told = append(b.told, told{i, try.subject})
 		}
@@ -224,6 +236,10 @@ func (s *State) Apply(blk Block) (*State, []Result) {
 		// A jump of time longer than a lease means that the ledger stood still, and with it the ears of all: everybody
 		// gets one more lease.
 		if s.clock.Time != 0 && now-s.clock.Time > lease {
+			b.clock.Grace = now + lease + g.Margin.Milliseconds()
+		}
+		// Until the new set votes, nodes count by the old one who has heard them; and what comes into it may never have.
+		if b.setAt > 0 && blk.Height <= b.setAt+2 {
 			b.clock.Grace = now + lease + g.Margin.Milliseconds()
 		}
 		b.clock.Time = now

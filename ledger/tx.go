@@ -37,6 +37,8 @@ const (
 	KindVolumeSaved    Kind = "volume.saved"     // VolumeSaved, by the same
 	KindVolumeRestore  Kind = "volume.restore"   // VolumeRestore, by the contract's account
 	KindWorkloadReport Kind = "workload.report"  // WorkloadReport, by the node that the workload is on
+	KindValidatorJoin  Kind = "validator.join"   // ValidatorJoin, by the grid's account
+	KindValidatorLeave Kind = "validator.leave"  // ValidatorLeave, by the grid's account
 )
 
 // Tx is a signed transaction. Signatures are over everything else: grid, actor, nonce, kind and payload.

@@ -326,7 +326,11 @@ func (a *Agent) reconcile(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	v.Validators = a.client.Genesis().Validators
+	set, err := a.client.Validators(ctx)
+	if err != nil {
+		return 0, err
+	}
+	v.Validators = set.Members
 	var errs []error
 	// A contract that cannot be read now goes on as it was read last.
 	for id, err := range v.Unread {

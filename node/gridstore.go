@@ -178,7 +178,11 @@ func (g *GridStore) step(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	peers := systemPeers(g.cfg.Client.Grid(), nodes, g.cfg.Client.Genesis().Validators, g.key)
+	set, err := g.cfg.Client.Validators(ctx)
+	if err != nil {
+		return 0, err
+	}
+	peers := systemPeers(g.cfg.Client.Grid(), nodes, set.Members, g.key)
 	// Before anybody can send: nothing of this machine is for the network's members.
 	if err := (overlay.Guest{Interface: systemName}).Apply(); err != nil {
 		return 0, err

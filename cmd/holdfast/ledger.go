@@ -28,6 +28,10 @@ func (a *app) ledgerCmd() *cobra.Command {
 				return err
 			}
 			g := c.Genesis()
+			set, err := c.Validators(cmd.Context())
+			if err != nil {
+				return err
+			}
 			out := struct {
 				Grid       identity.GridID    `json:"grid"`
 				Name       string             `json:"name"`
@@ -37,8 +41,8 @@ func (a *app) ledgerCmd() *cobra.Command {
 				Contracts  int                `json:"contracts"`
 				Nodes      int                `json:"nodes"`
 				Warning    string             `json:"warning,omitempty"`
-			}{c.Grid(), g.Name, v.Height, v.Time, g.Validators, count[contract.ID](v.Value(ledger.ContractsKey)), count[identity.NodeID](v.Value(ledger.NodesKey)), ""}
-			if len(g.Validators) == 1 {
+			}{c.Grid(), g.Name, v.Height, v.Time, set.Members, count[contract.ID](v.Value(ledger.ContractsKey)), count[identity.NodeID](v.Value(ledger.NodesKey)), ""}
+			if len(set.Members) == 1 {
 				out.Warning = oneValidator
 			}
 			if a.json {

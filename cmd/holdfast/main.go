@@ -127,7 +127,7 @@ func newRoot(a *app) *cobra.Command {
 	root.AddGroup(&cobra.Group{ID: groupUse, Title: "What you run:"}, &cobra.Group{ID: groupLook, Title: "What there is:"}, &cobra.Group{ID: groupGrid, Title: "A grid:"})
 	for id, cmds := range map[string][]*cobra.Command{
 		groupUse:  {a.planCmd(), a.deployCmd(), a.logsCmd(), a.contractCmd(), a.volumeCmd(), a.templateCmd(), a.accountCmd(), a.caCmd(), a.restoreCmd()},
-		groupLook: {a.statusCmd(), a.farmCmd(), a.nodeCmd(), a.storeCmd(), a.locationCmd(), a.ledgerCmd()},
+		groupLook: {a.statusCmd(), a.farmCmd(), a.nodeCmd(), a.storeCmd(), a.locationCmd(), a.validatorCmd(), a.ledgerCmd()},
 		groupGrid: {a.upCmd(), a.downCmd(), a.doctorCmd(), a.labCmd(), a.imageCmd(), a.runCmd()},
 	} {
 		for _, c := range cmds {

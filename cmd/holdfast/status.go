@@ -114,7 +114,11 @@ func (a *app) collect(ctx context.Context, c *api.Client, p *prober, only contra
 	}
 	s := &status{Grid: c.Grid(), Height: v.Height, Nodes: []nodeStatus{}, Contracts: []contractStatus{}, Workloads: []workloadStatus{}, Routes: []routeStatus{}}
 	g := c.Genesis()
-	if len(g.Validators) == 1 {
+	set, err := c.Validators(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(set.Members) == 1 {
 		s.Warnings = append(s.Warnings, oneValidator)
 	}
 	s.Warnings = append(s.Warnings, "node key on disk: a farmer who reads his node's disk while it runs or not can act as that node")

@@ -57,8 +57,9 @@ type app struct {
 	digest   [32]byte // of genesis
 	machine  Machine
 	disk     *table
-	keys     map[string]crypto.PubKey // by address
-	peers    map[string]bool          // who may connect
+	keys     map[string]crypto.PubKey // by address, whoever was seen to vote
+	sets     func(height int64) (*types.ValidatorSet, error)
+	peers    map[string]bool // who may connect
 	extend   func(int64) []byte
 	wellForm func([]byte) error
 	keep     int64
@@ -102,6 +103,7 @@ func newApp(c *Config, disk *table, log *slog.Logger) (*app, error) {
 	for _, v := range set.Validators {
 		a.keys[string(v.Address)] = v.PubKey
 	}
+	a.sets = func(int64) (*types.ValidatorSet, error) { return set, nil }
 	for _, p := range c.Peers {
 		a.peers[p.ID] = true
 	}
@@ -283,6 +285,9 @@ func (a *app) process(r *abci.RequestProcessProposal) error {
 		if len(txs) == 0 {
 			return errors.New("no extended commit")
 		}
+		if err := a.meet(r.Height-1, r.ProposedLastCommit); err != nil {
+			return err
+		}
 		key := func(address []byte) (crypto.PubKey, bool) { k, ok := a.keys[string(address)]; return k, ok }
 		if err := verifyExtended(a.genesis.Chain, r.Height, txs[0], r.ProposedLastCommit, key, a.wellForm); err != nil {
 			return err
@@ -300,6 +305,24 @@ func (a *app) process(r *abci.RequestProcessProposal) error {
 		if err := a.verify(a.state, tx); err != nil {
 			return fmt.Errorf("transaction %d: %w", i, err)
 		}
+	}
+	return nil
+}
+
+// meet learns the keys of validators that vote for the first time. Who they are consensus says; an address is a key's digest.
+func (a *app) meet(height int64, last abci.CommitInfo) error {
+	for _, v := range last.Votes {
+		if _, ok := a.keys[string(v.Validator.Address)]; ok {
+			continue
+		}
+		set, err := a.sets(height)
+		if err != nil {
+			return fmt.Errorf("validators of height %d: %w", height, err)
+		}
+		for _, m := range set.Validators {
+			a.keys[string(m.Address)] = m.PubKey
+		}
+		return nil
 	}
 	return nil
 }
@@ -355,12 +378,21 @@ func (a *app) FinalizeBlock(_ context.Context, r *abci.RequestFinalizeBlock) (*a
 		}
 		b.Heard, b.Txs = hs, r.Txs[1:]
 	}
+	for _, m := range r.Misbehavior {
+		if m.Type == abci.MisbehaviorType_DUPLICATE_VOTE {
+			b.Offenders = append(b.Offenders, m.Validator.Address)
+		}
+	}
+	var err error
 	next, results := a.state.Apply(b)
 	if len(results) != len(b.Txs) {
 		return nil, fmt.Errorf("block %d: %d results for %d transactions", r.Height, len(results), len(b.Txs))
 	}
 	root := next.Root()
 	out := &abci.ResponseFinalizeBlock{AppHash: root[:]}
+	if out.ValidatorUpdates, err = updates(a.state, next); err != nil {
+		return nil, fmt.Errorf("block %d: %w", r.Height, err)
+	}
 	if r.Height > 1 {
 		out.TxResults = append(out.TxResults, &abci.ExecTxResult{})
 	}

@@ -341,7 +341,7 @@ func (a *Archived) verify(ch *chain, at *block, now time.Time) (*block, error) {
 			return nil, errors.New("it names the validators of the block before again")
 		}
 	}
-	b := &block{sh, set}
+	b := &block{SignedHeader: sh, set: set}
 	if err := b.ValidateBasic(ch.name); err != nil {
 		return nil, err
 	}

@@ -78,6 +78,7 @@ type Client struct {
 // server is one server and its connections.
 type server struct {
 	name string
+	pin  Pin // its first
 	http *http.Transport
 
 	mu      sync.Mutex
@@ -137,7 +138,7 @@ func newServer(s Server, own *tls.Certificate) *server {
 	}
 	var only http.Protocols
 	only.SetHTTP2(true)
-	return &server{name: s.Name, http: &http.Transport{
+	return &server{name: s.Name, pin: pins[0], http: &http.Transport{
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 			defer cancel()
@@ -169,9 +170,11 @@ func checkPin(c *x509.Certificate, pins []Pin) error {
 
 // Close saves the newest header and closes idle connections.
 func (c *Client) Close() error {
+	c.mu.Lock()
 	for _, s := range c.servers {
 		s.http.CloseIdleConnections()
 	}
+	c.mu.Unlock()
 	return c.chain.flush()
 }
 
@@ -293,7 +296,7 @@ func newBlock(h head, base *block) (*block, error) {
 	if set == nil && bytes.Equal(sh.ValidatorsHash, base.ValidatorsHash) {
 		set = base.set
 	}
-	return &block{sh, set}, nil
+	return &block{SignedHeader: sh, set: set}, nil
 }
 
 // fetch gets a header, unverified.
@@ -368,13 +371,62 @@ func (c *Client) Do(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// DoAt is Do to the server of that index in ClientConfig.Servers, and no other.
-func (c *Client) DoAt(i int, r *http.Request) (*http.Response, error) { return c.servers[i].do(r) }
+// DoAt is Do to the server whose first pin this is, and no other.
+func (c *Client) DoAt(pin Pin, r *http.Request) (*http.Response, error) {
+	c.mu.Lock()
+	i := slices.IndexFunc(c.servers, func(s *server) bool { return s.pin == pin })
+	var s *server
+	if i >= 0 {
+		s = c.servers[i]
+	}
+	c.mu.Unlock()
+	if s == nil {
+		return nil, fmt.Errorf("ledger server %x: %w: it is none of this client's", pin[:8], ErrUnavailable)
+	}
+	return s.do(r)
+}
+
+// SetServers replaces the servers. One that was there, by its first pin, keeps its connections.
+func (c *Client) SetServers(ss []Server) error {
+	if len(ss) == 0 {
+		return errors.New("ledger client has no servers")
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	used := c.servers[c.current].pin
+	next := make([]*server, len(ss))
+	for i, s := range ss {
+		if s.Dial == nil || len(s.Pins) == 0 {
+			return fmt.Errorf("ledger server %d has no way to it or no pin", i)
+		}
+		if j := slices.IndexFunc(c.servers, func(o *server) bool { return o.pin == s.Pins[0] }); j >= 0 {
+			next[i] = c.servers[j]
+			continue
+		}
+		if s.Name == "" {
+			s.Name = "ledger"
+		}
+		next[i] = newServer(s, c.c.Certificate)
+	}
+	for _, s := range c.servers {
+		if !slices.Contains(next, s) {
+			s.http.CloseIdleConnections()
+		}
+	}
+	c.servers, c.current = next, max(0, slices.IndexFunc(next, func(s *server) bool { return s.pin == used }))
+	return nil
+}
 
 func (c *Client) inUse() (*server, int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.servers[c.current], c.current
+}
+
+func (c *Client) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.servers)
 }
 
 // moveOn takes the next server if the one that failed is still in use.
@@ -393,7 +445,7 @@ func (c *Client) each(ctx context.Context, f func(context.Context, *server) erro
 		return c.loadErr
 	}
 	var errs []error
-	for range c.servers {
+	for range c.count() {
 		s, i := c.inUse()
 		err := c.compare(ctx, s)
 		if err == nil {
@@ -412,7 +464,7 @@ func (c *Client) each(ctx context.Context, f func(context.Context, *server) erro
 		s.mu.Lock()
 		s.checked = false
 		s.mu.Unlock()
-		if len(c.servers) > 1 {
+		if c.count() > 1 {
 			c.log.Warn("ledger server failed", "server", s.name, "index", i, "error", err)
 		}
 		errs = append(errs, err)

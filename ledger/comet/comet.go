@@ -62,6 +62,12 @@ type State interface {
 	Changes(since State) iter.Seq2[string, []byte]
 }
 
+// An Elector is a State that says who votes. Members that differ from those of the state before vote, or do not, from the second
+// block after that on. A State that is none keeps the validators of the genesis for ever.
+type Elector interface {
+	Validators() []Member // at least one; not to be changed
+}
+
 // A Machine makes states.
 type Machine struct {
 	Genesis func(Genesis) (State, error) // the state before block 1
@@ -80,6 +86,8 @@ type Block struct {
 	Time   time.Time // the median of the validators' clocks when they voted for the previous block
 	Txs    [][]byte
 	Heard  []Heard // the vote extensions of the previous height, in the order of the validator set
+	// Offenders are the addresses of validators of which the block has proof that they signed two votes where one is allowed.
+	Offenders [][]byte
 }
 
 // Heard is one validator's vote extension. Power without Data is a validator that did not vote or had nothing to say.

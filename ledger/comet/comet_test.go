@@ -26,10 +26,11 @@ type grid struct {
 	stops   []func() error
 }
 
-// freeAddr finds a port for consensus, which cannot be told to take a listener.
+// freeAddr finds a port for consensus, which cannot be told to take a listener. On this address no connection that a test
+// makes in the meantime takes it for its own end.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.0.0.2:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,8 +8,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cometbft/cometbft/crypto/mldsa65"
 	"github.com/cometbft/cometbft/crypto/tmhash"
 	cmtproto "github.com/cometbft/cometbft/proto/tendermint/types"
+	"github.com/cometbft/cometbft/types"
 )
 
 func vote(h int64, r int32, typ cmtproto.SignedMsgType, block byte, at int64) *cmtproto.Vote {
@@ -170,5 +172,28 @@ func TestDiskRefusesAfterCloseInsteadOfCrashing(t *testing.T) {
 	}
 	if _, err := x.Iterator(nil, nil); !errors.Is(err, errClosed) {
 		t.Errorf("iterator after close: %v", err)
+	}
+}
+
+func TestAKeyProvesItselfAndVotesForNobody(t *testing.T) {
+	home := t.TempDir()
+	k, err := MakeKeys(home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := mldsa65.NewPubKeyFromBytes(k.Public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	word := []byte("holdfast/validator-join/v1 and a digest")
+	if sig, err := Prove(home, word); err != nil || !pub.VerifySignature(word, sig) {
+		t.Errorf("control: %v", err)
+	}
+	asVote := types.VoteSignBytes("grid", vote(1, 0, cmtproto.PrecommitType, 1, 1))
+	long := append([]byte("holdfast/"), make([]byte, 96)...) // as long as "h" says
+	for _, word := range [][]byte{asVote, long, nil, []byte("holdfast/")} {
+		if _, err := Prove(home, word); err == nil {
+			t.Errorf("%q was signed", word)
+		}
 	}
 }

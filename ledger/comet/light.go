@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,6 +21,17 @@ import (
 type block struct {
 	*types.SignedHeader
 	set *types.ValidatorSet
+	via *block // of another set, and vouched for it; nil: the genesis. Of a block that is not trusted it says nothing
+}
+
+// follows says that at has vouched for b.
+func (b *block) follows(at *block) {
+	switch {
+	case bytes.Equal(b.ValidatorsHash, at.ValidatorsHash):
+		b.via = at.via
+	case at.Height > 0:
+		b.via = at
+	}
 }
 
 // chain is what a client knows of a chain. It begins with a header of height 0, made up from the genesis, whose
@@ -43,6 +55,9 @@ const (
 	forever  = 100 * 365 * 24 * time.Hour
 	// maxBisect bounds the headers fetched to follow changes of the validator set over a long absence.
 	maxBisect = 64
+	// maxPath bounds the sets that a memory leads through.
+	maxPath   = 1024
+	maxMemory = 64 << 20
 )
 
 // trustFile is what a TrustStore keeps.
@@ -50,6 +65,7 @@ type trustFile struct {
 	Version uint8  `cbor:"1,keyasint"` // 1
 	Chain   string `cbor:"2,keyasint"`
 	Head    head   `cbor:"3,keyasint"`
+	Path    []head `cbor:"4,keyasint,omitempty"` // from the genesis to Head, the oldest first: each vouches for the next
 }
 
 func newChain(g *Genesis, c *ClientConfig) (*chain, error) {
@@ -76,31 +92,37 @@ func (c *chain) load() error {
 		return err
 	}
 	var f trustFile
-	if err := canonical.Decode(b, maxAnswer, &f); err != nil {
+	if err := canonical.Decode(b, maxMemory, &f); err != nil {
 		return fmt.Errorf("read trusted header: %w", err)
 	}
 	if f.Version != 1 || f.Chain != c.name {
 		return fmt.Errorf("read trusted header: it is of chain %q, not %q", f.Chain, c.name)
 	}
-	sh, set, err := decodeHead(f.Head)
-	if err == nil && set == nil {
-		err = errors.New("it has no validators")
+	if len(f.Path) > maxPath {
+		return fmt.Errorf("read trusted header: it leads through %d sets", len(f.Path))
 	}
-	if err == nil {
-		err = sh.ValidateBasic(c.name)
+	// A file must not know better than the genesis who validators are: all that led away from it is verified again.
+	at := c.top
+	for _, h := range append(f.Path, f.Head) {
+		sh, set, err := decodeHead(h)
+		if err == nil && set == nil {
+			err = errors.New("it has no validators")
+		}
+		if err == nil {
+			err = sh.ValidateBasic(c.name)
+		}
+		if err == nil {
+			err = light.Verify(at.SignedHeader, at.set, sh, set, forever, sh.Time, c.drift, light.DefaultTrustLevel)
+		}
+		if err != nil {
+			return fmt.Errorf("read trusted header: %w", err)
+		}
+		next := &block{SignedHeader: sh, set: set}
+		next.follows(at)
+		at = next
 	}
-	// The genesis names the validators, and nothing changes them in this version: a file must not know better.
-	if own := c.top.ValidatorsHash; err == nil && (!bytes.Equal(set.Hash(), own) || !bytes.Equal(sh.ValidatorsHash, own)) {
-		err = errors.New("its validators are not those of the genesis")
-	}
-	if err == nil {
-		err = set.VerifyCommitLight(c.name, sh.Commit.BlockID, sh.Height, sh.Commit)
-	}
-	if err != nil {
-		return fmt.Errorf("read trusted header: %w", err)
-	}
-	c.top = &block{sh, set}
-	c.seen[sh.Height] = string(sh.Hash())
+	c.top = at
+	c.seen[at.Height] = string(at.Hash())
 	return nil
 }
 
@@ -151,6 +173,7 @@ func (c *chain) verify(ctx context.Context, base, b *block, now time.Time, fetch
 		var unknown light.ErrNewValSetCantBeTrusted
 		switch {
 		case err == nil:
+			next.follows(at)
 			at, path = next, path[:len(path)-1]
 		case errors.As(err, &unknown) && next.Height > at.Height+1 && fetched < maxBisect:
 			fetched++
@@ -215,9 +238,17 @@ func (c *chain) save() error {
 	if c.store == nil || !c.dirty {
 		return nil
 	}
-	h, err := encodeHead(c.top.SignedHeader, c.top.set, nil)
+	f := trustFile{Version: 1, Chain: c.name}
+	var err error
+	f.Head, err = encodeHead(c.top.SignedHeader, c.top.set, nil)
+	for b := c.top.via; b != nil && err == nil; b = b.via {
+		var h head
+		h, err = encodeHead(b.SignedHeader, b.set, nil)
+		f.Path = append(f.Path, h)
+	}
+	slices.Reverse(f.Path)
 	if err == nil {
-		err = c.store.Save(canonical.Encode(trustFile{Version: 1, Chain: c.name, Head: h}))
+		err = c.store.Save(canonical.Encode(f))
 	}
 	if err != nil {
 		return fmt.Errorf("save trusted header: %w", err)

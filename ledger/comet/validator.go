@@ -20,6 +20,7 @@ import (
 	"github.com/cometbft/cometbft/node"
 	"github.com/cometbft/cometbft/p2p"
 	"github.com/cometbft/cometbft/proxy"
+	sm "github.com/cometbft/cometbft/state"
 	"github.com/cometbft/cometbft/store"
 	"github.com/cometbft/cometbft/types"
 
@@ -115,6 +116,7 @@ func (v *Validator) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	a.sets = sm.NewStore(d.table(tableState), sm.StoreOptions{}).LoadValidators
 	v.mu.Lock()
 	v.app = a
 	v.mu.Unlock()

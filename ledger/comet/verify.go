@@ -133,6 +133,7 @@ func (v *verifier) run(ctx context.Context, progress func(height, last int64)) e
 		if v.app, err = newApp(v.c, v.again.table(tableMachine), slog.New(slog.DiscardHandler)); err != nil {
 			return err
 		}
+		v.app.sets = v.sets.LoadValidators
 		if _, err := v.app.InitChain(ctx, nil); err != nil {
 			return err
 		}
@@ -338,7 +339,9 @@ func (v *verifier) execute(ctx context.Context, b *types.Block, kept *store.Bloc
 		return err
 	}
 	v.app.archive.blocks, v.app.archive.sets = kept, v.sets
-	res, err := v.app.FinalizeBlock(ctx, &abci.RequestFinalizeBlock{Height: b.Height, Time: b.Time, Txs: txs, DecidedLastCommit: info})
+	res, err := v.app.FinalizeBlock(ctx, &abci.RequestFinalizeBlock{
+		Height: b.Height, Time: b.Time, Txs: txs, DecidedLastCommit: info, Misbehavior: b.Evidence.Evidence.ToABCI(),
+	})
 	if err != nil {
 		return err
 	}
